@@ -1,0 +1,153 @@
+# Copyright Contributors to the numpyro_bdl project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""From a run to an ArviZ DataTree."""
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, random
+from numpyro.infer import MCMC
+from xarray import DataTree
+
+from numpyro_bdl.predictive import PosteriorPredictive, anchors, bad_chains, positions
+
+_PROBES = 64
+
+
+def to_datatree(
+    mcmc: MCMC,
+    *,
+    probe: tuple | None = None,
+    sites: tuple[str, ...] | None = None,
+    log_likelihood: bool = False,
+    posterior_predictive: bool = False,
+    weights: bool = True,
+    rng_key: Array | None = None,
+    draw_chunk: int = 16,
+    data_chunk: int | None = 1024,
+    **model_kwargs,
+) -> DataTree:
+    """The draws of a run, and what they say, as ArviZ wants it.
+
+    The groups are
+
+    - ``posterior``: the position, (chain, draw, ...) by site, constrained. A "/" in the name of a site becomes ".",
+      since a tree has no such names;
+    - ``functions``: the function of the model (logits, location, log rate) at the probe inputs, (chain, draw, point,
+      output). R-hat and ESS of weights mean nothing under the symmetries of a network; of these they do;
+    - ``sample_stats``: step size, temperature, minibatch energy and other collected scalars;
+    - ``anchor``: the anchor, constrained, if the kernel collected one;
+    - ``observed_data``: all rows, never a minibatch;
+    - ``log_likelihood``, ``posterior_predictive``: on request, at the rows of the run.
+
+    :param mcmc: A run of any kernel of this package; or of NUTS or HMC on a model without frozen parameters.
+    :param probe: Arguments of the model at which to evaluate its function; None for 64 rows of the run, evenly spaced.
+    :param sites: Sites of the function, observed or deterministic; None for every observed site.
+    :param log_likelihood: Add the log likelihood of each row, for :func:`arviz.loo`.
+    :param posterior_predictive: Add a replicate of the data for each draw.
+    :param weights: Keep the parameters of networks in ``posterior`` and ``anchor``.
+    :param rng_key: PRNG key of the posterior predictive; None for ``jax.random.key(0)``.
+    :param draw_chunk: Draws per chunk of evaluation.
+    :param data_chunk: Rows per chunk of evaluation.
+    :param model_kwargs: Keyword arguments of the model that are to differ from those of the run, as ``train=False``.
+    :return: A DataTree. Its attributes tell the kernel, its temperature if it is fixed, whether chains shared their
+        minibatches, and which chains turned bad at which step.
+    :raises ValueError: for a run without draws, or what :class:`~numpyro_bdl.PosteriorPredictive` refuses.
+
+    **Example**
+
+    .. doctest::
+
+        >>> import arviz as az, numpyro, numpyro.distributions as dist
+        >>> from jax import random
+        >>> from numpyro.infer import MCMC
+        >>> import numpyro_bdl as bdl
+        >>> def model(y):
+        ...     mu = numpyro.sample("mu", dist.Normal(0, 1))
+        ...     with numpyro.plate("data", len(y)):
+        ...         numpyro.sample("y", dist.Normal(mu, 1), obs=y)
+        >>> kernel = bdl.SGLD(model, step_size=1e-2, steps_per_draw=10)
+        >>> mcmc = MCMC(kernel, num_warmup=50, num_samples=200, progress_bar=False)
+        >>> mcmc.run(random.key(0), random.normal(random.key(1), (30,)))
+        >>> tree = bdl.to_datatree(mcmc, log_likelihood=True)
+        >>> sorted(tree.children)
+        ['functions', 'log_likelihood', 'observed_data', 'posterior', 'sample_stats']
+        >>> tree["functions"]["y"].dims
+        ('chain', 'draw', 'point')
+        >>> len(az.summary(tree, var_names=["mu"]))
+        1
+    """
+    predictive = PosteriorPredictive(mcmc, draw_chunk=draw_chunk, data_chunk=data_chunk)
+    potential = predictive.potential
+    hidden = () if weights else potential.network
+    stats = mcmc.get_extra_fields(group_by_chain=True)
+
+    groups: dict[str, tuple[dict, dict, dict]] = {}
+    groups["posterior"] = ({k: v for k, v in positions(mcmc).items() if k not in hidden}, {}, {})
+    if "z_anchor" in stats:
+        groups["anchor"] = ({k: v for k, v in anchors(mcmc, potential).items() if k not in hidden}, {}, {})
+    groups["sample_stats"] = ({k: v for k, v in stats.items() if not isinstance(v, (dict, tuple))}, {}, {})
+    groups["functions"] = _functions(predictive, probe, sites, model_kwargs)
+    if log_likelihood:
+        groups["log_likelihood"] = (predictive.log_likelihood(**model_kwargs), *_row_dims(predictive))
+    if posterior_predictive:
+        draws = predictive.sample(random.key(0) if rng_key is None else rng_key, **model_kwargs)
+        groups["posterior_predictive"] = (draws, *_row_dims(predictive))
+
+    datasets = {name: _dataset(*group) for name, group in groups.items() if group[0]}
+    observed = predictive.observed_data()
+    if observed:
+        datasets["observed_data"] = _dataset(observed, *_row_dims(predictive), sample_dims=[])
+    tree = DataTree.from_dict(datasets)
+    tree.attrs.update(_attributes(mcmc))
+    return tree
+
+
+def _functions(
+    predictive: PosteriorPredictive, probe: tuple | None, sites, model_kwargs: dict
+) -> tuple[dict, dict, dict]:
+    if probe is not None:
+        values, points = predictive.functions(*probe, sites=sites, **model_kwargs), None
+    else:
+        values, points = predictive.functions_at_rows(_PROBES, sites=sites, **model_kwargs)
+    dims = {}
+    for name, value in values.items():
+        outputs = [f"output_{n}" for n in range(value.ndim - 3)] if value.ndim > 4 else ["output"] * (value.ndim - 3)
+        dims[name] = ["point", *outputs] if value.ndim > 2 else []
+    return values, dims, {} if points is None else {"point": points}
+
+
+def _row_dims(predictive: PosteriorPredictive) -> tuple[dict, dict]:
+    """Name the first dimension of a site after its innermost plate."""
+    return {name: list(reversed(plates)) for name, plates in predictive.potential.observed.items()}, {}
+
+
+def _dataset(data: dict, dims: dict, coords: dict, sample_dims: list[str] | None = None):
+    from arviz_base import dict_to_dataset
+
+    data = {name.replace("/", "."): np.asarray(value) for name, value in data.items()}
+    dims = {name.replace("/", "."): [dim.replace("/", ".") for dim in names] for name, names in dims.items()}
+    return dict_to_dataset(data, dims=dims, coords=coords, sample_dims=sample_dims)
+
+
+def _attributes(mcmc: MCMC) -> dict[str, Any]:
+    import numpyro
+
+    kernel = mcmc.sampler
+    attributes: dict[str, Any] = {
+        "inference_library": "numpyro",
+        "inference_library_version": numpyro.__version__,
+        "kernel": type(kernel).__name__,
+    }
+    temperature = getattr(kernel, "_temperature", None)
+    if temperature is not None and not callable(temperature):
+        attributes["temperature"] = float(jnp.asarray(temperature))
+    if hasattr(kernel, "_share_batch"):
+        attributes["chains_share_minibatches"] = int(kernel._share_batch)
+    bad = bad_chains(mcmc)
+    if bad:
+        attributes["bad_chains"] = list(bad)
+        attributes["first_bad_steps"] = list(bad.values())
+    return attributes

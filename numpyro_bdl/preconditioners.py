@@ -1,0 +1,154 @@
+# Copyright Contributors to the numpyro_bdl project.
+# SPDX-License-Identifier: Apache-2.0
+
+r"""Diagonal preconditioners: the metric in which a kernel takes its steps.
+
+A preconditioner is a positive diagonal :math:`P`, one number for each coordinate of the position. It adapts
+during warm-up and is frozen for sampling: a :math:`P` that went on adapting would need the drift
+:math:`\Gamma_i(w) = \sum_j \partial P_{ij} / \partial w_j`, and without it sample another law.
+"""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jaxtyping import PyTree
+
+
+class Preconditioner(Protocol):
+    """Three pure functions, as an optax transformation has two."""
+
+    adapts: ClassVar[bool]
+    """Whether :meth:`update` is called, once in each step of warm-up."""
+
+    def init(self, z: PyTree) -> Any:
+        """Position to state."""
+
+    def update(self, state: Any, gradient: PyTree) -> Any:
+        """State and gradient to the next state."""
+
+    def diagonal(self, state: Any, z: PyTree) -> PyTree:
+        """State and position to P: a tree like the position, of positive arrays or of the number 1."""
+
+
+@dataclass(frozen=True)
+class _Identity:
+    adapts: ClassVar[bool] = False
+
+    def init(self, z):
+        return ()
+
+    def update(self, state, gradient):
+        return state
+
+    def diagonal(self, state, z):
+        return jax.tree.map(lambda _: 1.0, z)
+
+
+def identity() -> Preconditioner:
+    """No preconditioning, P = 1."""
+    return _Identity()
+
+
+@dataclass(frozen=True)
+class _Fixed:
+    values: PyTree
+    adapts: ClassVar[bool] = False
+
+    def init(self, z):
+        if jax.tree.structure(self.values) != jax.tree.structure(z):
+            raise ValueError(
+                f"preconditioners.fixed: expected a tree like the position, {jax.tree.structure(z)},"
+                f" got {jax.tree.structure(self.values)}."
+            )
+        return jax.tree.map(lambda w, p: jnp.broadcast_to(jnp.asarray(p, w.dtype), w.shape), z, self.values)
+
+    def update(self, state, gradient):
+        return state
+
+    def diagonal(self, state, z):
+        return state
+
+
+def fixed(diagonal: PyTree) -> Preconditioner:
+    """A diagonal that the user gives.
+
+    :param diagonal: A tree like the position in unconstrained space ({site: array}), each leaf of the site's
+        shape or broadcastable to it, positive and finite.
+    :raises ValueError: if an entry is not positive and finite; at init, if the sites are not those of the model.
+    """
+    for path, leaf in jax.tree_util.tree_leaves_with_path(diagonal):
+        if not np.all(np.isfinite(leaf) & (np.asarray(leaf) > 0)):
+            raise ValueError(
+                f"preconditioners.fixed: every entry must be positive and finite; {jax.tree_util.keystr(path)} is not."
+            )
+    return _Fixed(diagonal)
+
+
+class RMSState(NamedTuple):
+    """State of :func:`rms`."""
+
+    count: Array
+    """gradients seen"""
+    second_moment: PyTree
+    """running mean of the squared gradient, like the position"""
+    diagonal: PyTree
+    """P, like the position"""
+
+
+@dataclass(frozen=True)
+class _RMS:
+    decay: float
+    damping: float
+    adapts: ClassVar[bool] = True
+
+    def init(self, z):
+        ones = jax.tree.map(jnp.ones_like, z)
+        return RMSState(jnp.zeros((), jnp.int32), jax.tree.map(jnp.zeros_like, z), ones)
+
+    def update(self, state, gradient):
+        count = state.count + 1
+        second_moment = jax.tree.map(
+            lambda v, g: self.decay * v + (1 - self.decay) * g**2, state.second_moment, gradient
+        )
+        correction = 1 - self.decay**count
+        s = jax.tree.map(lambda v: jnp.sqrt(v / correction.astype(v.dtype)), second_moment)
+        leaves = jax.tree.leaves(s)
+        mean = sum(jnp.sum(leaf) for leaf in leaves) / sum(leaf.size for leaf in leaves)
+        diagonal = jax.tree.map(
+            lambda si: jnp.where(mean > 0, (1 + self.damping) * mean / (si + self.damping * mean), 1.0), s
+        )
+        return RMSState(count, second_moment, diagonal)
+
+    def diagonal(self, state, z):
+        return state.diagonal
+
+
+def rms(decay: float = 0.99, damping: float = 0.1) -> Preconditioner:
+    r"""The inverse root mean square of the gradient, seen in warm-up.
+
+    .. math::
+
+        P_i = (1 + \delta) \frac{\bar s}{s_i + \delta \bar s}, \qquad
+        s_i = \sqrt{\mathbb{E}\, g_i^2}, \quad \bar s = \operatorname{mean}_i s_i
+
+    The mean square is an exponential moving average over the steps of warm-up, corrected for its start. Measured
+    against the mean :math:`\bar s` over all coordinates, :math:`P` has no unit: it is 1 for a coordinate with an
+    average gradient and at most :math:`(1 + \delta) / \delta`, so the step size keeps its meaning when the
+    preconditioner is put in.
+
+    :param decay: Decay of the moving average, in (0, 1).
+    :param damping: :math:`\delta > 0`; large values tend to the identity.
+    :raises ValueError: if an argument is out of range.
+
+    **References:** Li et al., *Preconditioned stochastic gradient Langevin dynamics for deep neural networks*,
+    AAAI 2016. There the average never stops and its drift :math:`\Gamma` is left out, which changes the law.
+    """
+    if not 0 < decay < 1:
+        raise ValueError(f"preconditioners.rms: decay must lie in (0, 1), got {decay!r}.")
+    if not damping > 0:
+        raise ValueError(f"preconditioners.rms: damping must be positive, got {damping!r}.")
+    return _RMS(decay, damping)

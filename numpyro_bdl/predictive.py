@@ -1,0 +1,374 @@
+# Copyright Contributors to the numpyro_bdl project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Prediction from the draws of a run: functions, log likelihoods and new data, in chunks.
+
+Memory holds one chunk of draws times one chunk of rows; the program is compiled once for all chunks, and again only
+for arguments of other shapes.
+"""
+
+import warnings
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, random
+from numpyro.infer import MCMC
+from tqdm.auto import tqdm
+
+from numpyro_bdl._checks import check_choice, check_finite_data, check_integer, named_arguments
+from numpyro_bdl.potential import Potential, natural_parameter
+
+MEMBERS = ("position", "anchor", "both")
+
+
+class PosteriorPredictive:
+    r"""What a model predicts under the draws of a run.
+
+    Frozen parameters and the mutable collections of each draw are put in. Array arguments of the model are traced;
+    integers, strings and None are fixed. Without positional arguments a method takes those of the run, all of their
+    rows, with the keywords given put over those of the run (``train=False``, say).
+
+    :param mcmc: A run of any kernel of this package; or of NUTS or HMC on a model without frozen parameters.
+    :param members: ``"position"``, or, of a kernel that collected it, ``"anchor"``, or ``"both"`` (the draws of the
+        position, then those of the anchor). Only the position follows the posterior: the anchors are for prediction.
+    :param draw_chunk: Draws per chunk.
+    :param data_chunk: Rows per chunk; None for all. A model is cut along the plate of its observed sites, and must
+        take its rows by ``numpyro.subsample`` or the indices of the plate.
+    :param progress_bar: Show a bar when the work takes more than two seconds.
+    :raises ValueError: for a run without draws, or members that were not collected.
+
+    **Example**
+
+    .. doctest::
+
+        >>> import jax.numpy as jnp, numpyro, numpyro.distributions as dist
+        >>> from jax import random
+        >>> from numpyro.infer import MCMC
+        >>> import numpyro_bdl as bdl
+        >>> def model(x, y=None):
+        ...     slope = numpyro.sample("slope", dist.Normal(0, 1))
+        ...     with numpyro.plate("data", len(x)):
+        ...         numpyro.sample("y", dist.Normal(slope * numpyro.subsample(x, event_dim=0), 1), obs=y)
+        >>> x = jnp.linspace(-1, 1, 50)
+        >>> mcmc = MCMC(bdl.SGLD(model, step_size=1e-2), num_warmup=100, num_samples=300, progress_bar=False)
+        >>> mcmc.run(random.key(0), x, 0.5 * x)
+        >>> predictive = bdl.PosteriorPredictive(mcmc)
+        >>> predictive.functions(x[:7])["y"].shape                          # (chain, draw, row)
+        (1, 300, 7)
+        >>> predictive.log_likelihood(x[:7], 0.5 * x[:7])["y"].shape
+        (1, 300, 7)
+    """
+
+    def __init__(
+        self,
+        mcmc: MCMC,
+        *,
+        members: str = "position",
+        draw_chunk: int = 16,
+        data_chunk: int | None = 1024,
+        progress_bar: bool = True,
+    ):
+        check_choice("PosteriorPredictive", "members", members, MEMBERS)
+        check_integer("PosteriorPredictive", "draw_chunk", draw_chunk)
+        if data_chunk is not None:
+            check_integer("PosteriorPredictive", "data_chunk", data_chunk)
+        self.potential = potential_of(mcmc)
+        warn_of_bad_chains(mcmc)
+        self._mcmc_arguments = mcmc._args, mcmc._kwargs
+        collected = {"position": partial(positions, mcmc), "anchor": partial(anchors, mcmc, self.potential)}
+        names = ("position", "anchor") if members == "both" else (members,)
+        values = _concatenate([{k: collected[n]()[k] for k in self.potential.latent} for n in names])
+        mutable = _concatenate([_mutable(mcmc, self.potential)] * len(names))
+        leaves = jax.tree.leaves(values)
+        self.batch_shape: tuple[int, int] = leaves[0].shape[:2]
+        """Chains and draws."""
+        self._draws = jax.tree.map(lambda w: np.asarray(w).reshape(-1, *w.shape[2:]), (values, mutable))
+        self._draw_chunk, self._data_chunk, self._progress_bar = draw_chunk, data_chunk, progress_bar
+        self._programs: dict = {}
+
+    def functions(self, *args, sites: tuple[str, ...] | None = None, **kwargs) -> dict[str, np.ndarray]:
+        """The function of the model at its observed sites: logits, locations or log rates.
+
+        :param sites: Names of observed or deterministic sites; None for every observed site.
+        :return: By site, an array (chain, draw, row, output).
+        """
+        return self._map(_function, random.key(0), sites, args, kwargs)
+
+    def log_likelihood(self, *args, **kwargs) -> dict[str, np.ndarray]:
+        """The log likelihood of each row at the observed sites, without plate or ``scale`` factors.
+
+        :return: By site, an array (chain, draw, row).
+        :raises ValueError: if a site that the run observed has no observation in these arguments.
+        """
+        return self._map(_log_prob, random.key(0), None, args, kwargs)
+
+    def sample(self, rng_key: Array, *args, **kwargs) -> dict[str, np.ndarray]:
+        """New data at the observed sites, one for each draw, whether or not they are observed in these arguments.
+
+        :param rng_key: PRNG key.
+        :return: By site, an array (chain, draw, row, ...).
+        """
+        return self._map(_sample, rng_key, None, args, kwargs)
+
+    def functions_at_rows(
+        self, count: int, sites: tuple[str, ...] | None = None, **kwargs
+    ) -> tuple[dict[str, np.ndarray], np.ndarray | None]:
+        """The function of the model at evenly spaced rows of the run, taken through its data plate.
+
+        :param count: How many rows, at most.
+        :param sites: As of :meth:`functions`.
+        :return: By site, an array (chain, draw, row, output), and the rows; None in place of them, and every row in
+            the arrays, if the observed sites share no plate.
+        """
+        plate = self._data_plate({k: p.size for k, p in self.potential.plates.items()})
+        if plate is None:
+            return self.functions(sites=sites, **kwargs), None
+        size = self.potential.plates[plate].size
+        rows = np.unique(np.linspace(0, size - 1, min(count, size)).round().astype(int))
+        try:
+            return self._map(_function, random.key(0), sites, (), kwargs, rows=rows), rows
+        except CannotCut:
+            return self.functions(sites=sites, **kwargs), np.arange(size)
+
+    def observed_data(self) -> dict[str, np.ndarray]:
+        """The observations of the run, all of their rows, by site."""
+        args, kwargs = self._mcmc_arguments
+
+        def run(values, mutable):
+            sites = self.potential.run(values, {}, random.key(0), mutable, args, kwargs)
+            return {
+                name: jnp.broadcast_to(sites[name]["value"], sites[name]["fn"].shape())
+                for name in self.potential.observed
+            }
+
+        # in the compiled program nothing is left but the observations, which depend on no draw
+        first = jax.tree.map(lambda w: w[0], self._draws)
+        return {name: np.asarray(value) for name, value in jax.jit(run)(*first).items()}
+
+    # ---- the engine ---------------------------------------------------------------------------------------------
+
+    def _map(self, extract: Callable, key: Array, names, args: tuple, kwargs: dict, rows: np.ndarray | None = None):
+        """One output for each site, draw and row (of the given rows, or all)."""
+        args, kwargs = self._complete(args, kwargs)
+        check_finite_data(named_arguments(self.potential.model, args, kwargs))
+        names = tuple(self.potential.observed) if names is None else tuple(names)
+        call = _Call(self.potential, extract, names, args, kwargs)
+        first = jax.tree.map(lambda w: w[0], self._draws)
+        outputs, frames, plates = call.describe(*first, key, {})
+        plate = self._data_plate(plates)
+        axes = {name: _row_axis(frames[name], plate) for name in names}
+
+        size = plates[plate] if plate else 1
+        cut = rows is not None or (plate is not None and self._data_chunk is not None and self._data_chunk < size)
+        rows = np.arange(size) if rows is None else rows
+        chunk = min(len(rows), self._data_chunk or len(rows))
+        if cut:
+            self._check_cut(call, first, key, plate, chunk, size, outputs, axes)
+        program = self._programs.setdefault(
+            (call.identity, cut), jax.jit(jax.vmap(call, in_axes=(0, 0, 0, None, None)))
+        )
+
+        draws = len(jax.tree.leaves(self._draws)[0])
+        results = {
+            name: np.empty((draws, *(len(rows) if n == axes[name] else m for n, m in enumerate(out.shape))), out.dtype)
+            for name, out in outputs.items()
+        }
+        keys = random.split(key, draws)
+        starts = [(d, r) for d in range(0, draws, self._draw_chunk) for r in range(0, len(rows), chunk)]
+        # the bar appears only if the work is long
+        for d, r in tqdm(starts, desc="predict", delay=2, disable=not self._progress_bar):
+            # the last chunk is filled up, so that one program serves all
+            take = np.minimum(np.arange(d, d + min(self._draw_chunk, draws)), draws - 1)
+            taken = rows[np.minimum(np.arange(r, r + chunk), len(rows) - 1)]
+            values, mutable = jax.tree.map(lambda w, take=take: w[take], self._draws)
+            chunk_keys = jax.vmap(random.fold_in, (0, None))(keys[take], r)
+            block = program(values, mutable, chunk_keys, {plate: jnp.asarray(taken)} if cut else {}, call.arrays)
+            for name, axis in axes.items():
+                _store(results[name], np.asarray(block[name]), axis, d, r)
+        return {name: result.reshape(*self.batch_shape, *result.shape[1:]) for name, result in results.items()}
+
+    def _complete(self, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        """The arguments of the run, with the given keywords over them, unless a call of its own is given."""
+        run_args, run_kwargs = self._mcmc_arguments
+        if args or (kwargs and not run_args):
+            return args, kwargs
+        return run_args, run_kwargs | kwargs
+
+    def _data_plate(self, plates: dict[str, int]) -> str | None:
+        """The plate that all observed sites share; of several the subsampled, else the largest."""
+        shared = set(plates).intersection(*map(set, self.potential.observed.values()))
+        return max(shared, key=lambda p: (p in self.potential.subsampled, plates[p]), default=None)
+
+    def _check_cut(self, call, first, key, plate, chunk, size, outputs, axes) -> None:
+        try:
+            cut = call.describe(*first, key, {plate: jnp.arange(chunk)})[0]
+            good = all(
+                cut[name].shape == tuple(chunk if n == axes[name] else m for n, m in enumerate(out.shape))
+                for name, out in outputs.items()
+            )
+        except (ValueError, TypeError):
+            good = False
+        if not good:
+            raise CannotCut(
+                f"The model can't be cut into {chunk} of the {size} rows of its plate '{plate}': inside the plate, take"
+                " the rows of every array by numpyro.subsample(array, event_dim=...); or give data_chunk=None."
+            )
+
+
+class CannotCut(ValueError):
+    """The model does not take its rows through its plate."""
+
+
+class _Call:
+    """A model call as a pure function of one draw: arrays among its arguments are traced, the rest is fixed."""
+
+    def __init__(self, potential: Potential, extract: Callable, names: tuple[str, ...], args: tuple, kwargs: dict):
+        self.potential, self.extract, self.names = potential, extract, names
+        leaves, self.treedef = jax.tree.flatten((args, kwargs))
+        self.is_array = tuple(hasattr(leaf, "shape") and hasattr(leaf, "dtype") for leaf in leaves)
+        self.arrays = [jnp.asarray(leaf) for leaf, array in zip(leaves, self.is_array, strict=True) if array]
+        self.fixed = tuple(leaf for leaf, array in zip(leaves, self.is_array, strict=True) if not array)
+
+    @property
+    def identity(self) -> tuple:
+        """What a compiled program depends on, besides shapes."""
+        return self.extract, self.names, self.treedef, self.is_array, self.fixed
+
+    def _run(self, values, mutable, key, rows, arrays):
+        arrays, fixed = iter(arrays), iter(self.fixed)
+        args, kwargs = self.treedef.unflatten([next(arrays) if array else next(fixed) for array in self.is_array])
+        key_model, key_site = random.split(key)
+        sites = self.potential.run(values, rows, key_model, mutable, args, kwargs)
+        outputs = {
+            name: self.extract(name, _get(sites, name), random.fold_in(key_site, n))
+            for n, name in enumerate(self.names)
+        }
+        return outputs, sites
+
+    def __call__(self, values, mutable, key, rows, arrays) -> dict[str, Array]:
+        return self._run(values, mutable, key, rows, arrays)[0]
+
+    def describe(self, values, mutable, key, rows) -> tuple[dict, dict[str, dict], dict[str, int]]:
+        """Shapes of the outputs, the sites they come from, and the sizes of all plates; no flops."""
+        found: dict[str, dict] = {}
+
+        def run(*inputs):
+            outputs, sites = self._run(*inputs)
+            found.update(sites)
+            return outputs
+
+        shapes = jax.eval_shape(run, values, mutable, key, rows, self.arrays)
+        plates = {name: site["args"][0] for name, site in found.items() if site["type"] == "plate"}
+        return shapes, {name: found[name] for name in self.names}, plates
+
+
+# ---- what is taken from a site ------------------------------------------------------------------------------------
+
+
+def _get(sites: dict, name: str) -> dict:
+    if name not in sites:
+        raise ValueError(f"The model has no site '{name}'; it has: {', '.join(sites)}.")
+    return sites[name]
+
+
+def _function(name: str, site: dict, key: Array) -> Array:
+    return natural_parameter(name, site)
+
+
+def _log_prob(name: str, site: dict, key: Array) -> Array:
+    if not site["is_observed"]:
+        raise ValueError(f"log_likelihood needs an observation at site '{name}', as in log_likelihood(x_test, y_test).")
+    return site["fn"].log_prob(site["value"])
+
+
+def _sample(name: str, site: dict, key: Array) -> Array:
+    return site["fn"].sample(key)
+
+
+def _row_axis(site: dict, plate: str | None) -> int | None:
+    """The axis of a site's output along which the rows of the plate lie; None if the site lies outside of it."""
+    dims = {frame.name: frame.dim for frame in site["cond_indep_stack"]}
+    if plate not in dims:
+        return None
+    batch = -min(dims.values()) if site["type"] == "deterministic" else len(site["fn"].batch_shape)
+    return batch + dims[plate]
+
+
+def _store(result: np.ndarray, block: np.ndarray, axis: int | None, d: int, r: int) -> None:
+    draws = min(len(block), len(result) - d)
+    if axis is None:
+        result[d : d + draws] = block[:draws]
+        return
+    target, block = np.moveaxis(result, axis + 1, 1), np.moveaxis(block, axis + 1, 1)
+    rows = min(block.shape[1], target.shape[1] - r)
+    target[d : d + draws, r : r + rows] = block[:draws, :rows]
+
+
+# ---- draws of a run -----------------------------------------------------------------------------------------------
+
+
+def potential_of(mcmc: MCMC) -> Potential:
+    """The potential that a run was made with."""
+    if mcmc.last_state is None:
+        raise ValueError("The MCMC object holds no draws yet; run it first.")
+    kernel = mcmc.sampler
+    if not hasattr(kernel, "_prepare"):
+        return Potential(kernel.model, mcmc._args, mcmc._kwargs)
+    kernel._prepare(mcmc._args, mcmc._kwargs)
+    return kernel.potential
+
+
+def positions(mcmc: MCMC) -> dict[str, Array]:
+    """Constrained draws of the position, (chain, draw, ...) by site."""
+    return mcmc.get_samples(group_by_chain=True)
+
+
+def anchors(mcmc: MCMC, potential: Potential) -> dict[str, Array]:
+    """Constrained draws of the anchor, (chain, draw, ...) by site.
+
+    :raises ValueError: if the run did not collect it.
+    """
+    unconstrained = mcmc.get_extra_fields(group_by_chain=True).get("z_anchor")
+    if unconstrained is None:
+        raise ValueError(
+            "The run collected no anchor; make the kernel with collect_anchor=True, or run with"
+            ' extra_fields=("z_anchor",).'
+        )
+    constrain = partial(potential.constrain, args=mcmc._args, kwargs=mcmc._kwargs)
+    return jax.vmap(jax.vmap(constrain))(unconstrained)
+
+
+def _mutable(mcmc: MCMC, potential: Potential) -> dict:
+    if not potential.has_mutable:
+        return {}
+    mutable = mcmc.get_extra_fields(group_by_chain=True).get("mutable")
+    if mutable is None:
+        raise ValueError(
+            f"The network has mutable collections (BatchNorm), which {type(mcmc.sampler).__name__} does not keep with"
+            " its draws; use a kernel of numpyro_bdl, or LayerNorm."
+        )
+    return mutable
+
+
+def _concatenate(trees: list) -> Any:
+    return jax.tree.map(lambda *w: jnp.concatenate(w, axis=1), *trees) if len(trees) > 1 else trees[0]
+
+
+def bad_chains(mcmc: MCMC) -> dict[int, int]:
+    """Chains that met a gradient that was not finite, each with the step."""
+    first = np.atleast_1d(getattr(mcmc.last_state, "first_bad_step", -1))
+    return {chain: int(step) for chain, step in enumerate(first) if step >= 0}
+
+
+def warn_of_bad_chains(mcmc: MCMC) -> None:
+    """Warn of chains whose later draws are NaN."""
+    for chain, step in bad_chains(mcmc).items():
+        warnings.warn(
+            f"Chain {chain} met a gradient that was not finite at step {step}; its draws from there on are NaN. Most"
+            " often the step size is too large: take a smaller one, or leave that chain out.",
+            stacklevel=3,
+        )
