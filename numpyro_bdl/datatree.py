@@ -114,14 +114,23 @@ def _functions(
         values, points = predictive.functions_at_rows(_PROBES, sites=sites, **model_kwargs)
     dims = {}
     for name, value in values.items():
-        outputs = [f"output_{n}" for n in range(value.ndim - 3)] if value.ndim > 4 else ["output"] * (value.ndim - 3)
-        dims[name] = ["point", *outputs] if value.ndim > 2 else []
+        in_plate = any(predictive.potential.observed.get(name, (True,)))
+        rows = value.ndim > 2 and in_plate and (points is None or value.shape[2] == len(points))
+        outputs = value.ndim - 2 - rows
+        dims[name] = ["point"] * rows + (["output"] if outputs == 1 else [f"output_{n}" for n in range(outputs)])
+    sizes: dict[str, set[int]] = {}
+    for name, names in dims.items():
+        for dim, size in zip(names, values[name].shape[2:], strict=True):
+            sizes.setdefault(dim, set()).add(size)
+    # sites of different sizes have dimensions of their own, or they would be filled up with NaN
+    dims = {name: [dim if len(sizes[dim]) == 1 else f"{dim}_{name}" for dim in names] for name, names in dims.items()}
     return values, dims, {} if points is None else {"point": points}
 
 
 def _row_dims(predictive: PosteriorPredictive) -> tuple[dict, dict]:
-    """Name the first dimension of a site after its innermost plate."""
-    return {name: list(reversed(plates)) for name, plates in predictive.potential.observed.items()}, {}
+    """Name the dimensions of a site after its plates."""
+    observed = predictive.potential.observed.items()
+    return {name: [plate or f"{name}_dim_{n}" for n, plate in enumerate(plates)] for name, plates in observed}, {}
 
 
 def _dataset(data: dict, dims: dict, coords: dict, sample_dims: list[str] | None = None):

@@ -141,12 +141,12 @@ class Potential:
         for name, site in latent.items():
             _check_latent(name, site, self.subsampled)
         self.latent: tuple[str, ...] = tuple(latent)
-        self.observed: dict[str, tuple[str, ...]] = {
-            k: tuple(frame.name for frame in site["cond_indep_stack"])
+        self.observed: dict[str, tuple[str | None, ...]] = {
+            k: _plates_by_axis(site)
             for k, site in samples.items()
             if site["is_observed"] and not site["infer"].get("is_auxiliary", False)
         }
-        """Observed sites, each with its plates from the innermost."""
+        """Observed sites, each with the plates of its batch dimensions from the left, None for one without a plate."""
         self._log_det = frozenset(f"_{name}_log_det" for name in latent)
 
         supports = {k: site["fn"].support for k, site in latent.items()}
@@ -279,7 +279,10 @@ class Potential:
             log_joint, sites = compute_log_probs(model, args, kwargs, {})
         prior = likelihood = jnp.zeros(())
         for name, log_prob in log_joint.items():
-            if name in self.latent or name in self._log_det:
+            if name in self._log_det:
+                # a change of variables happens once, however the density is scaled; NumPyro scales it too
+                prior -= jnp.sum(sites[name]["fn"].log_prob(sites[name]["value"]))
+            elif name in self.latent:
                 prior -= log_prob
             else:
                 likelihood -= log_prob
@@ -425,7 +428,9 @@ def _is_key(x: Any) -> bool:
 
 
 def _is_real(support: Any) -> bool:
-    return biject_to(support) == biject_to(dist.constraints.real)
+    while isinstance(support, dist.constraints.independent):
+        support = support.base_constraint
+    return support is dist.constraints.real
 
 
 def _has_tracers(tree: Any) -> bool:
@@ -445,6 +450,11 @@ def _alike(key: Array, value: Array) -> Array:
 
 def _parameter_name(param_site: str, path: tuple) -> str:
     return "/".join([param_site.removesuffix("$params"), ".".join(map(str, path))]) if path else param_site
+
+
+def _plates_by_axis(site: dict) -> tuple[str | None, ...]:
+    plates = {frame.dim: frame.name for frame in site["cond_indep_stack"]}
+    return tuple(plates.get(dim) for dim in range(-len(site["fn"].batch_shape), 0))
 
 
 def _network_site(param_site: str, path: tuple, latent: tuple[str, ...]) -> str | None:

@@ -64,7 +64,17 @@ class _Fixed:
                 f"preconditioners.fixed: expected a tree like the position, {jax.tree.structure(z)},"
                 f" got {jax.tree.structure(self.values)}."
             )
-        return jax.tree.map(lambda w, p: jnp.broadcast_to(jnp.asarray(p, w.dtype), w.shape), z, self.values)
+        return jax.tree_util.tree_map_with_path(self._broadcast, z, self.values)
+
+    @staticmethod
+    def _broadcast(path, w, p):
+        axes = zip(reversed(np.shape(p)), reversed(w.shape), strict=False)
+        if np.ndim(p) > w.ndim or any(n not in (1, m) for n, m in axes):
+            raise ValueError(
+                f"preconditioners.fixed: {jax.tree_util.keystr(path)} must have the shape of the site in unconstrained"
+                f" space, {w.shape}, or one that broadcasts to it; got {np.shape(p)}."
+            )
+        return jnp.broadcast_to(jnp.asarray(p, w.dtype), w.shape)
 
     def update(self, state, gradient):
         return state
@@ -78,7 +88,7 @@ def fixed(diagonal: PyTree) -> Preconditioner:
 
     :param diagonal: A tree like the position in unconstrained space ({site: array}), each leaf of the site's
         shape or broadcastable to it, positive and finite.
-    :raises ValueError: if an entry is not positive and finite; at init, if the sites are not those of the model.
+    :raises ValueError: if an entry is not positive and finite; at init, if sites or shapes are not those of the model.
     """
     for path, leaf in jax.tree_util.tree_leaves_with_path(diagonal):
         if not np.all(np.isfinite(leaf) & (np.asarray(leaf) > 0)):
@@ -149,6 +159,6 @@ def rms(decay: float = 0.99, damping: float = 0.1) -> Preconditioner:
     """
     if not 0 < decay < 1:
         raise ValueError(f"preconditioners.rms: decay must lie in (0, 1), got {decay!r}.")
-    if not damping > 0:
-        raise ValueError(f"preconditioners.rms: damping must be positive, got {damping!r}.")
+    if not (damping > 0 and np.isfinite(damping)):
+        raise ValueError(f"preconditioners.rms: damping must be positive and finite, got {damping!r}.")
     return _RMS(decay, damping)

@@ -189,6 +189,10 @@ class PosteriorPredictive:
             block = program(values, mutable, chunk_keys, {plate: jnp.asarray(taken)} if cut else {}, call.arrays)
             for name, axis in axes.items():
                 _store(results[name], np.asarray(block[name]), axis, d, r)
+        if extract is _function:
+            # rows before outputs, whatever the order of the plates
+            inside = {name: axis + 1 for name, axis in axes.items() if axis is not None}
+            results |= {name: np.moveaxis(results[name], axis, 1) for name, axis in inside.items()}
         return {name: result.reshape(*self.batch_shape, *result.shape[1:]) for name, result in results.items()}
 
     def _complete(self, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
@@ -199,8 +203,10 @@ class PosteriorPredictive:
         return run_args, run_kwargs | kwargs
 
     def _data_plate(self, plates: dict[str, int]) -> str | None:
-        """The plate that all observed sites share; of several the subsampled, else the largest."""
-        shared = set(plates).intersection(*map(set, self.potential.observed.values()))
+        """The plate that the observed sites share, those outside of all plates aside; of several the subsampled, else
+        the largest."""
+        of_sites = [set(names) - {None} for names in self.potential.observed.values()]
+        shared = set(plates).intersection(*filter(None, of_sites)) if any(of_sites) else set()
         return max(shared, key=lambda p: (p in self.potential.subsampled, plates[p]), default=None)
 
     def _check_cut(self, call, first, key, plate, chunk, size, outputs, axes) -> None:

@@ -106,8 +106,10 @@ def cyclical(
             raise ValueError(f"cyclical: {name} must be a positive integer, got {value!r}.")
     if not 0 <= exploration < 1:
         raise ValueError(f"cyclical: exploration must lie in [0, 1), got {exploration!r}.")
-    if exploration_temperature < 0:
-        raise ValueError(f"cyclical: exploration_temperature must not be negative, got {exploration_temperature!r}.")
+    if not (math.isfinite(exploration_temperature) and exploration_temperature >= 0):
+        raise ValueError(
+            f"cyclical: exploration_temperature must be finite and not negative, got {exploration_temperature!r}."
+        )
     sampling = steps_per_cycle - math.ceil(exploration * steps_per_cycle)
     if sampling < draws_per_cycle:
         raise ValueError(
@@ -160,7 +162,7 @@ def as_schedule(step_size: float | Schedule, steps_per_draw: int | None) -> Cycl
         raise ValueError(f"steps_per_draw must be a positive integer, got {steps_per_draw!r}.")
     if callable(step_size):
         return Every(step_size, steps_per_draw)
-    if isinstance(step_size, (bool, str)) or not isinstance(step_size, SupportsFloat):
+    if isinstance(step_size, (bool, str)) or not isinstance(step_size, SupportsFloat) or np.ndim(step_size):
         raise TypeError(
             "step_size must be a number, an optax schedule or numpyro_bdl.cyclical(...),"
             f" got {type(step_size).__name__}."

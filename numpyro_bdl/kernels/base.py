@@ -12,6 +12,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax, random
 from jax.core import Tracer
 from numpyro.infer.mcmc import MCMCKernel
@@ -228,15 +229,16 @@ class StochasticGradientKernel(MCMCKernel):
         rng_key, key_z, key_fields, batch_key = random.split(rng_key, 4)
         z, mutable = self.potential.initial(key_z)
         z = z | {name: jnp.asarray(value, z[name].dtype) for name, value in init_params.items()}
-        zero = jnp.zeros((), jnp.int32)
+        # made from the key, so that under jax.vmap each chain has its own, as it has after a step
+        zero = 0 * random.bits(batch_key).astype(jnp.int32)
         state = {
             "i": zero,
             "z": z,
             "mutable": mutable,
             "preconditioner": self._preconditioner.init(z),
-            "minibatch_energy": jnp.full((), jnp.nan, self._dtype),
-            "step_size": self._step_size(zero),
-            "temperature": self._temperature_at(zero),
+            "minibatch_energy": jnp.full((), jnp.nan, self._dtype) + zero,
+            "step_size": self._step_size(zero) + zero,
+            "temperature": self._temperature_at(zero) + zero,
             "first_bad_step": zero - 1,
             "batch_key": batch_key,
             "rng_key": rng_key,
@@ -246,7 +248,10 @@ class StochasticGradientKernel(MCMCKernel):
     def sample(self, state, model_args, model_kwargs):
         """The state one draw later; see NumPyro's MCMCKernel."""
         model_kwargs = {} if model_kwargs is None else model_kwargs
-        self._check_static_arguments(model_args, model_kwargs)
+        if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((model_args, model_kwargs))):
+            self._check_traced_arguments(model_args, model_kwargs)
+        else:
+            self._prepare(model_args, model_kwargs)  # a run resumed on other data calls no init
         batched = jnp.ndim(state.i) == 1
         # one step count for all chains, so that what depends on it alone is computed once
         i = state.i[0] if batched else state.i
@@ -323,7 +328,7 @@ class StochasticGradientKernel(MCMCKernel):
                     f" got {jnp.shape(value)}."
                 )
 
-    def _check_static_arguments(self, args: tuple, kwargs: dict) -> None:
+    def _check_traced_arguments(self, args: tuple, kwargs: dict) -> None:
         now = named_arguments(self._model, args, kwargs)
         for name, value in named_arguments(self._model, self.potential.args, self.potential.kwargs).items():
             if isinstance(value, (bool, int)) and isinstance(now.get(name), Tracer):
@@ -332,6 +337,14 @@ class StochasticGradientKernel(MCMCKernel):
                     " program, where it can't set a size or choose a branch. Bind it to the model first:"
                     f" functools.partial(model, {name}={value!r})."
                 )
+        before, after = (
+            jax.tree.map(np.shape, call) for call in ((self.potential.args, self.potential.kwargs), (args, kwargs))
+        )
+        if before != after:
+            raise ValueError(
+                "With jit_model_args=True a run goes on with arguments of the shapes it was begun with,"
+                f" {before}, got {after}. Use jit_model_args=False, or a new MCMC object."
+            )
 
     def __getstate__(self):
         state = self.__dict__.copy()

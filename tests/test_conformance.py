@@ -1,0 +1,314 @@
+# Copyright Contributors to the numpyro_bdl project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""What every kernel must do. A kernel is enrolled by one line of KERNELS."""
+
+import pickle
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import pytest
+from exact import covariance_z_scores
+from jax import random
+from models import LABELS, NETWORKS, X
+from numpyro.infer import MCMC
+from scipy import stats
+from targets import Location, last_states
+
+import numpyro_bdl as bdl
+
+ALL_METHODS = ("sequential", "parallel", "vectorized", jax.vmap)
+
+
+class Enrolled(NamedTuple):
+    """A kernel, and what it declares."""
+
+    make: Callable
+    """from a model and keyword arguments to a kernel"""
+    samples: bool = True
+    """whether its draws follow the posterior as the step goes to zero"""
+    chain_methods: tuple = ALL_METHODS
+
+
+KERNELS = {
+    "SGLD": Enrolled(bdl.SGLD),
+    "SGHMC": Enrolled(partial(bdl.SGHMC, momentum=0.5)),
+    "SGHMC, corrected": Enrolled(partial(bdl.SGHMC, momentum=0.5, noise_correction=True)),
+    "FlatBasinSGLD, exact": Enrolled(partial(bdl.FlatBasinSGLD, eta=0.1, collect_anchor=True)),
+    "FlatBasinSGLD, euler": Enrolled(partial(bdl.FlatBasinSGLD, eta=0.1, coupling="euler")),
+    "FlatBasinSGLD, gibbs": Enrolled(partial(bdl.FlatBasinSGLD, eta=0.1, coupling="gibbs")),
+    "FlatBasinSGLD, momentum": Enrolled(partial(bdl.FlatBasinSGLD, eta=0.1, coupling="euler", momentum=0.5)),
+    "PerturbedSGLD": Enrolled(partial(bdl.PerturbedSGLD, sigma=0.01), samples=False),
+    "AveragedSGLD": Enrolled(partial(bdl.AveragedSGLD, anchor_steps=10)),
+}
+every_kernel = pytest.mark.parametrize("kernel", KERNELS.values(), ids=KERNELS)
+every_sampler = pytest.mark.parametrize(
+    "kernel", [k for k in KERNELS.values() if k.samples], ids=[n for n, k in KERNELS.items() if k.samples]
+)
+
+# small enough a step that its bias, of order a h / 2, hides below a standard error
+SMALL, DRAWS = 0.004, 10
+
+
+def run(kernel, *args, num_warmup=2, num_samples=6, num_chains=2, chain_method="vectorized", key=0, **kwargs):
+    """A short MCMC run."""
+    options = {name: kwargs.pop(name) for name in ("progress_bar", "thinning") if name in kwargs}
+    mcmc = MCMC(
+        kernel,
+        num_warmup=num_warmup,
+        num_samples=num_samples,
+        num_chains=num_chains,
+        chain_method=chain_method,
+        **{"progress_bar": False, **options},
+    )
+    mcmc.run(random.key(key) if isinstance(key, int) else key, *args, **kwargs)
+    return mcmc
+
+
+def network_run(kernel, network="linen", **kwargs):
+    made = kernel.make(NETWORKS[network], step_size=1e-4, steps_per_draw=3)
+    return run(made, X, LABELS, batch_size=20, **kwargs)
+
+
+def assert_equal_trees(one, other):
+    assert jax.tree.structure(one) == jax.tree.structure(other)
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        if jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
+            a, b = random.key_data(a), random.key_data(b)
+        np.testing.assert_array_equal(a, b)
+
+
+# ---- laws ---------------------------------------------------------------------------------------------------------
+
+
+@every_sampler
+def test_linear_regression_against_the_conjugate_posterior(kernel):
+    rng = np.random.default_rng(1)
+    x = rng.normal(size=(12, 2)).astype(np.float32)
+    y = (x @ np.array([1.0, -0.5]) + 0.5 * rng.normal(size=12)).astype(np.float32)
+
+    def model(x, y):
+        w = numpyro.sample("w", dist.Normal(0, 1).expand([2]).to_event(1))
+        with numpyro.plate("data", len(x)):
+            numpyro.sample("y", dist.Normal(x @ w, 1.0), obs=y)
+
+    covariance = np.linalg.inv(np.eye(2) + x.T.astype(float) @ x)
+    mean = covariance @ x.T @ y
+    state = last_states(kernel.make(model, step_size=SMALL, steps_per_draw=50), x, y, steps=DRAWS, chains=4000)
+    mean_z, covariance_z = covariance_z_scores(np.asarray(state.z["w"], float), mean, covariance)
+    assert max(np.abs(mean_z).max(), np.abs(covariance_z).max()) < 4
+
+
+@every_sampler
+def test_gaussian_moments_with_minibatches(kernel):
+    target = Location.make([2.0, 5.0])
+    made = kernel.make(target.model, step_size=SMALL, steps_per_draw=100)
+    state = last_states(made, target.y, steps=DRAWS, chains=4000, batch_size=4)
+    covariance = np.linalg.inv(target.curvature)
+    mean_z, covariance_z = covariance_z_scores(np.asarray(state.z["w"], float), target.mean, covariance)
+    assert max(np.abs(mean_z).max(), np.abs(covariance_z).max()) < 4
+
+
+@every_sampler
+def test_constrained_sites_against_their_exact_law(kernel):
+    def model():
+        numpyro.sample("half", dist.HalfNormal(2.0))
+        numpyro.sample("log", dist.LogNormal(0.5, 0.7))
+        numpyro.sample("interval", dist.Uniform(-1.0, 3.0))
+
+    made = kernel.make(model, step_size=0.02, steps_per_draw=50)
+    mcmc = run(made, num_warmup=20, num_samples=1, num_chains=3000)
+    for name, law in {
+        "half": stats.halfnorm(scale=2),
+        "log": stats.lognorm(0.7, scale=np.exp(0.5)),
+        "interval": stats.uniform(-1, 4),
+    }.items():
+        draws = np.asarray(mcmc.get_samples()[name], float)
+        assert stats.kstest(draws, law.cdf).pvalue > 6e-5, name  # 4 standard errors
+
+
+# ---- NumPyro's contract -------------------------------------------------------------------------------------------
+
+
+@every_kernel
+def test_all_chain_methods_draw_the_same(kernel):
+    reference = network_run(kernel, chain_method="vectorized").get_samples(group_by_chain=True)
+    assert not np.array_equal(*reference["net/Dense_0.kernel"][:, 0])
+    for method in kernel.chain_methods:
+        mcmc = network_run(kernel, chain_method=method)
+        for name, value in mcmc.get_samples(group_by_chain=True).items():
+            np.testing.assert_allclose(value, reference[name], atol=1e-4, err_msg=f"{method} {name}")
+
+
+@every_kernel
+def test_legacy_keys_draw_the_same_as_typed_keys(kernel):
+    typed = network_run(kernel, key=random.key(3), num_chains=1).get_samples()
+    legacy = network_run(kernel, key=random.PRNGKey(3), num_chains=1).get_samples()
+    assert_equal_trees(typed, legacy)
+
+
+@every_kernel
+@pytest.mark.parametrize("network", NETWORKS)
+def test_networks_move_and_keep_their_mutable_collections(kernel, network):
+    mcmc = network_run(kernel, network)
+    for value in mcmc.get_samples(group_by_chain=True).values():
+        assert np.isfinite(value).all()
+        assert not np.array_equal(value[:, 0], value[:, -1])
+        assert not np.array_equal(value[0], value[1])
+    mutable = mcmc.get_extra_fields(group_by_chain=True)["mutable"]
+    assert bool(jax.tree.leaves(mutable)) == ("BatchNorm" in network)
+    for path, value in jax.tree_util.tree_leaves_with_path(mutable):
+        assert value.shape[:2] == (2, 6)
+        assert not np.array_equal(value[:, 0], value[:, -1]), path
+
+
+@every_kernel
+@pytest.mark.parametrize("num_chains", [1, 2])
+@pytest.mark.parametrize("network", ["linen", "linen with BatchNorm and dropout"])
+def test_resume_equals_an_uninterrupted_run(kernel, network, num_chains):
+    whole = network_run(kernel, network, num_chains=num_chains, num_samples=8)
+    parts = network_run(kernel, network, num_chains=num_chains, num_samples=4)
+    first = parts.get_samples(group_by_chain=True)
+    state = pickle.loads(pickle.dumps(parts.last_state))
+    # as in a new process: a new kernel and a new MCMC
+    made = kernel.make(NETWORKS[network], step_size=1e-4, steps_per_draw=3)
+    rest = MCMC(
+        made, num_warmup=2, num_samples=4, num_chains=num_chains, chain_method="vectorized", progress_bar=False
+    )
+    rest.post_warmup_state = state
+    rest.run(state.rng_key, X, LABELS, batch_size=20)
+    assert_equal_trees(rest.last_state, whole.last_state)
+    joined = jax.tree.map(lambda a, b: np.concatenate([a, b], 1), first, rest.get_samples(group_by_chain=True))
+    assert_equal_trees(joined, jax.tree.map(np.asarray, whole.get_samples(group_by_chain=True)))
+
+
+@every_kernel
+def test_pickling(kernel):
+    mcmc = network_run(kernel)
+    again = pickle.loads(pickle.dumps(kernel.make(NetworkModel(), step_size=1e-4, steps_per_draw=3)))
+    assert_equal_trees(run(again, X, LABELS, batch_size=20).get_samples(), mcmc.get_samples())
+    after = run(pickle.loads(pickle.dumps(again)), X, LABELS, batch_size=20)
+    assert_equal_trees(after.get_samples(), mcmc.get_samples())
+
+
+class NetworkModel:
+    """The linen model as an object that can be pickled."""
+
+    def __call__(self, x, y=None, *, batch_size=None):
+        return NETWORKS["linen"](x, y, batch_size=batch_size)
+
+
+@every_kernel
+def test_x64(kernel):
+    def model(y, batch_size=None):
+        w = numpyro.sample("w", dist.Normal(jnp.zeros((), y.dtype), jnp.ones((), y.dtype)))
+        with numpyro.plate("data", len(y), subsample_size=batch_size):
+            numpyro.sample("y", dist.Normal(w, 1), obs=numpyro.subsample(y, event_dim=0))
+
+    made = partial(kernel.make, model, step_size=1e-2, temperature=0.5, steps_per_draw=3)
+    with jax.enable_x64(True):
+        for preconditioner in (None, bdl.preconditioners.rms()):
+            for dtype in (jnp.float64, jnp.float32):
+                start = {"w": jnp.ones((2,), dtype)}
+                mcmc = run(
+                    made(preconditioner=preconditioner), jnp.ones(8, dtype), batch_size=4, init_params=start
+                )
+                assert mcmc.last_state.z["w"].dtype == jnp.float64
+    assert run(made(), jnp.ones(8), batch_size=4).last_state.z["w"].dtype == jnp.float32
+
+
+@every_kernel
+def test_a_second_run_compiles_nothing(kernel, progress_bar, compilations, capsys):
+    made = kernel.make(NETWORKS["linen"], step_size=1e-4, steps_per_draw=3)
+    for num_chains in (1, 2):
+        mcmc = MCMC(made, num_warmup=2, num_samples=4, num_chains=num_chains, chain_method="vectorized")
+        assert mcmc.progress_bar
+        mcmc.run(random.key(0), X, LABELS, batch_size=20)
+        before = len(compilations)
+        assert before
+        mcmc.run(random.key(1), X, LABELS, batch_size=20)
+        assert compilations[before:] == []
+    assert "step size" in capsys.readouterr().err
+
+
+@every_kernel
+def test_cyclical_schedule_preconditioner_and_temperature_together(kernel):
+    schedule = bdl.cyclical(1e-4, steps_per_cycle=8, draws_per_cycle=2, exploration=0.5)
+    made = kernel.make(
+        NETWORKS["linen"], step_size=schedule, temperature=0.1, preconditioner=bdl.preconditioners.rms()
+    )
+    mcmc = run(made, X, LABELS, num_samples=4, batch_size=20)
+    assert np.array_equal(mcmc.last_state.i, [24, 24])  # one cycle of warm-up, two of sampling
+    assert np.isfinite(mcmc.get_samples()["net/Dense_0.kernel"]).all()
+    np.testing.assert_array_equal(mcmc.get_extra_fields()["temperature"], np.float32(0.1))
+
+
+@every_kernel
+def test_shared_minibatches_are_the_same_under_every_chain_method(kernel):
+    def draws(method, **kwargs):
+        made = kernel.make(NETWORKS["linen"], step_size=1e-4, minibatch="epoch", **kwargs)
+        return run(made, X, LABELS, batch_size=20, chain_method=method).get_samples(group_by_chain=True)
+
+    shared, sequential = (draws(m, share_batch=True)["net/Dense_0.bias"] for m in ("vectorized", "sequential"))
+    np.testing.assert_allclose(shared, sequential, atol=1e-5)
+    assert not np.allclose(shared, draws("vectorized")["net/Dense_0.bias"], atol=1e-7)
+    assert not np.allclose(
+        shared, draws("vectorized", share_batch=True, batch_seed=1)["net/Dense_0.bias"], atol=1e-7
+    )
+
+
+@every_kernel
+def test_extra_fields_thinning_and_left_out_sites(kernel):
+    mcmc = network_run(
+        kernel, extra_fields=("i", "~z.net/Dense_1.kernel"), thinning=2, num_chains=1
+    )
+    np.testing.assert_array_equal(mcmc.get_extra_fields()["i"], [12, 18, 24])
+    assert "net/Dense_1.kernel" not in mcmc.get_samples()
+
+
+@every_kernel
+def test_parameter_fields_are_shaped_like_the_position(kernel):
+    made = kernel.make(NETWORKS["linen"], step_size=1e-4)
+    state = run(made, X, LABELS, batch_size=20).last_state
+    for field in made.parameter_fields:
+        assert jax.tree.map(jnp.shape, getattr(state, field)) == jax.tree.map(jnp.shape, state.z)
+
+
+@every_kernel
+def test_init_params_are_the_start(kernel):
+    start = {"net/Dense_0.bias": jnp.full((2, 4), 7.0)}
+    made = kernel.make(NETWORKS["linen"], step_size=1e-9)
+    mcmc = run(made, X, LABELS, num_warmup=0, num_samples=1, init_params=start)
+    np.testing.assert_allclose(mcmc.get_samples()["net/Dense_0.bias"], 7.0, atol=1e-2)
+
+
+@every_kernel
+def test_a_block_of_numpyros_gibbs(kernel):
+    """w | s by the kernel, s | w exactly: a normal mean and its precision."""
+    from numpyro.infer.gibbs import CustomGibbs, Gibbs
+
+    y = jnp.asarray(np.random.default_rng(0).normal(1.0, 2.0, size=20), jnp.float32)
+
+    def model(y):
+        precision = numpyro.sample("precision", dist.Gamma(3.0, 3.0))
+        w = numpyro.sample("w", dist.Normal(0, 10))
+        with numpyro.plate("data", len(y)):
+            numpyro.sample("y", dist.Normal(w, precision**-0.5), obs=y)
+
+    def draw_precision(rng_key, gibbs_sites, hmc_sites):
+        residual = jnp.sum((y - hmc_sites["w"]) ** 2)
+        return {"precision": dist.Gamma(3.0 + len(y) / 2, 3.0 + residual / 2).sample(rng_key)}
+
+    block = kernel.make(model, step_size=2e-2, steps_per_draw=30)
+    gibbs = Gibbs([(block, ["w"]), (CustomGibbs(draw_precision), ["precision"])])
+    mcmc = MCMC(gibbs, num_warmup=100, num_samples=1500, progress_bar=False)
+    mcmc.run(random.key(0), y)
+    w = np.asarray(mcmc.get_samples()["w"], float)
+    standard_error = w.std() / np.sqrt(len(w) / 4)
+    assert abs(w.mean() - float(y.mean())) < 4 * standard_error + 0.02
