@@ -3,7 +3,9 @@
 
 """Sphinx configuration. The build needs no network."""
 
+import csv
 import shutil
+import statistics
 from importlib.metadata import version as installed_version
 from pathlib import Path
 
@@ -21,7 +23,7 @@ extensions = [
     "sphinx.ext.mathjax",
     "sphinx.ext.viewcode",
 ]
-exclude_patterns = ["_build"]
+exclude_patterns = ["_build", "_generated"]
 html_theme = "furo"
 html_title = f"numpyro_bdl {release}"
 
@@ -43,3 +45,43 @@ shutil.rmtree(HERE / "_notebooks", ignore_errors=True)
 (HERE / "_notebooks").mkdir()
 for notebook in sorted((HERE.parent / "notebooks").glob("*.ipynb")):
     shutil.copy2(notebook, HERE / "_notebooks")
+
+# Tables come from the committed results of the benchmarks, so that the pages can't disagree with them.
+GENERATED = HERE / "_generated"
+GENERATED.mkdir(exist_ok=True)
+RESULTS = HERE.parent / "benchmarks" / "results"
+
+
+def _table(header, rows):
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + "\n"
+
+
+def _read(name):
+    with (RESULTS / name).open() as file:
+        return list(csv.DictReader(file))
+
+
+def _step_table():
+    rows = _read("step.csv")
+    first, second = (next(key for key in rows[0] if key.startswith(word)) for word in ("first_run", "second_run"))
+    header = ["chains", "variant", "ms per step", "MCMC takes", "first run, s", "second run, s"]
+    columns = ("chains", "variant", "ms_per_step", "mcmc_ratio", first, second)
+    body = [[row[c] and (f"{row[c]} x" if c == "mcmc_ratio" else row[c]) for c in columns] for row in rows]
+    return f"Device: {rows[0]['device']}, jax {rows[0]['jax']}.\n\n" + _table(header, body)
+
+
+def _fidelity_table():
+    groups = {}
+    for row in _read("fidelity.csv"):
+        groups.setdefault((row["kernel"], row["minibatch"]), []).append(row)
+    columns = ("agreement", "total_variation", "worst_rhat", "least_ess", "seconds")
+    body = [
+        [*key, *(f"{statistics.mean(float(row[c]) for row in group):.4g}" for c in columns)]
+        for key, group in groups.items()
+    ]
+    return _table(["kernel", "minibatch", "agreement", "total variation", "worst R-hat", "least ESS", "seconds"], body)
+
+
+(GENERATED / "step.md").write_text(_step_table())
+(GENERATED / "fidelity.md").write_text(_fidelity_table())

@@ -69,7 +69,7 @@ class Potential:
         initializers (of an nnx module, which was initialized outside: from a normal law with mean and standard
         deviation of each of its arrays), and any other site as :func:`numpyro.infer.init_to_uniform` does.
     :raises ValueError: for NaN data, a subsample larger than its plate, two plates with one name, a parameter
-        without a prior, a latent site inside a subsampled plate, a batch size that no plate uses.
+        without a prior, a latent site inside a subsampled plate, no latent site, a batch size that no plate uses.
     :raises TypeError: for discrete latent sites.
 
     **Example**
@@ -111,6 +111,8 @@ class Potential:
         jax.eval_shape(self._discover, random.key(0))
         _check_batch_size_is_used(arguments, self.plates, self.subsampled)
         self._freeze((frozen,) if isinstance(frozen, str) else tuple(frozen))
+        if not self.latent:
+            raise ValueError("The model has no latent site, so nothing to sample: give its parameters a prior.")
         self._initial = jax.jit(self._draw_initial)
 
     # ---- structure ------------------------------------------------------------------------------------------
@@ -140,6 +142,8 @@ class Potential:
         latent = {k: site for k, site in samples.items() if not site["is_observed"]}
         for name, site in latent.items():
             _check_latent(name, site, self.subsampled)
+        if not latent:
+            raise ValueError("The model has no latent site: there is nothing to sample.")
         self.latent: tuple[str, ...] = tuple(latent)
         self.observed: dict[str, tuple[str | None, ...]] = {
             k: _plates_by_axis(site)

@@ -81,7 +81,8 @@ class PosteriorPredictive:
         self._mcmc_arguments = mcmc._args, mcmc._kwargs
         collected = {"position": partial(positions, mcmc), "anchor": partial(anchors, mcmc, self.potential)}
         names = ("position", "anchor") if members == "both" else (members,)
-        values = _concatenate([{k: collected[n]()[k] for k in self.potential.latent} for n in names])
+        draws = [collected[name]() for name in names]
+        values = _concatenate([{k: w[k] for k in self.potential.latent} for w in draws])
         mutable = _concatenate([_mutable(mcmc, self.potential)] * len(names))
         leaves = jax.tree.leaves(values)
         self.batch_shape: tuple[int, int] = leaves[0].shape[:2]
@@ -198,7 +199,7 @@ class PosteriorPredictive:
     def _complete(self, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """The arguments of the run, with the given keywords over them, unless a call of its own is given."""
         run_args, run_kwargs = self._mcmc_arguments
-        if args or (kwargs and not run_args):
+        if args or (not run_args and any(hasattr(leaf, "shape") for leaf in jax.tree.leaves(kwargs))):
             return args, kwargs
         return run_args, run_kwargs | kwargs
 

@@ -6,7 +6,6 @@
 import math
 from functools import partial
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro
@@ -20,6 +19,7 @@ from numpyro.contrib.module import random_flax_module, random_nnx_module
 from numpyro.infer import MCMC
 
 import numpyro_bdl as bdl
+from numpyro_bdl.potential import Potential
 
 X = random.normal(random.key(100), (10, 2))
 Y = X[:, 0]
@@ -151,9 +151,7 @@ def test_arguments_of_flat_basin(arguments, text):
     "step_size", [0.1, bdl.cyclical(0.1, steps_per_cycle=10), optax.linear_schedule(0.01, 0.1, 50)]
 )
 def test_flat_basin_refuses_a_step_beyond_the_bound_of_its_coupling(step_size):
-    text = (
-        r"the largest step, 0.1, must stay below 0.05 \(eta = 0.05\).*lmax = .*or coupling=\"exact\", which is stable"
-    )
+    text = r"the largest step, 0.1, must stay below 0.05 \(eta = 0.05\).*lmax = .*or coupling=\"exact\""
     with pytest.raises(ValueError, match=text):
         bdl.FlatBasinSGLD(regression, step_size=step_size, eta=0.05, coupling="euler")
     bdl.FlatBasinSGLD(regression, step_size=step_size, eta=0.05, coupling="exact")
@@ -186,8 +184,8 @@ def test_nan_in_a_nested_argument_is_found():
 
 
 def test_integers_and_missing_observations_are_no_bad_data():
-    assert sgld(regression, X, jnp.arange(10), batch_size=5).last_state.i == 2
-    assert sgld(regression, X, None).last_state.i == 2
+    Potential(regression, (X, jnp.arange(10)), {"batch_size": 5})
+    Potential(regression, (X, None))
 
 
 def test_nan_in_the_data_of_a_resumed_run_is_found():
@@ -280,7 +278,7 @@ def test_a_latent_site_in_a_subsampled_plate():
 
     with pytest.raises(ValueError, match="Latent site 'z' lies inside the subsampled plate 'data'.*Move it out"):
         sgld(model, Y, batch_size=5)
-    assert sgld(model, Y).last_state.i == 2
+    assert Potential(model, (Y,)).latent == ("z",)
 
 
 # ---- latent sites -------------------------------------------------------------------------------------------------
@@ -368,7 +366,7 @@ def test_a_plain_parameter():
 
     with pytest.raises(ValueError, match=r"no prior and would stay at a random start: scale\. .*frozen=\('scale',\)"):
         sgld(model, Y)
-    assert sgld(model, Y, frozen="scale").last_state.i == 2
+    assert Potential(model, (Y,), frozen="scale").frozen == {"scale": 1.0}
 
 
 def test_a_frozen_pattern_that_matches_nothing():
@@ -438,6 +436,12 @@ def test_traced_boolean_arguments():
 def test_a_fixed_preconditioner_for_other_sites():
     with pytest.raises(ValueError, match="preconditioners.fixed: expected a tree like the position, .*'w'.*got .*'v'"):
         sgld(regression, X, Y, preconditioner=bdl.preconditioners.fixed({"v": jnp.ones(2)}))
+
+
+@pytest.mark.parametrize("preconditioner", ["rms", bdl.preconditioners.rms, 2.0])
+def test_a_preconditioner_that_is_none(preconditioner):
+    with pytest.raises(TypeError, match=r"SGLD: preconditioner must be .* preconditioners.rms\(\), got"):
+        bdl.SGLD(regression, step_size=0.1, preconditioner=preconditioner)
 
 
 def test_a_kernel_without_a_run_has_no_potential():
@@ -543,9 +547,7 @@ def test_the_progress_bar_tells_of_a_bad_gradient(capsys, progress_bar):
 
 def test_helpers_tell_of_a_bad_gradient():
     mcmc = downhill(bdl.SGLD, [0.0, 5.0])
-    text = (
-        "Chain 1 met a gradient that was not finite at step 5; its draws from there on are NaN.*step size is too large"
-    )
+    text = "Chain 1 met a gradient that was not finite at step 5; its draws from there on are NaN.*step size"
     with pytest.warns(UserWarning, match=text):
         bdl.PosteriorPredictive(mcmc)
     with pytest.warns(UserWarning, match=text):
@@ -566,4 +568,3 @@ def test_an_unstable_step_size_is_told():
     assert 0 < mcmc.last_state.first_bad_step < 20
     with pytest.warns(UserWarning, match="Most often the step size is too large"):
         bdl.PosteriorPredictive(mcmc)
-    jax.block_until_ready(mcmc.last_state)

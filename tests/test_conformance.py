@@ -178,9 +178,7 @@ def test_resume_equals_an_uninterrupted_run(kernel, network, num_chains):
     state = pickle.loads(pickle.dumps(parts.last_state))
     # as in a new process: a new kernel and a new MCMC
     made = kernel.make(NETWORKS[network], step_size=1e-4, steps_per_draw=3)
-    rest = MCMC(
-        made, num_warmup=2, num_samples=4, num_chains=num_chains, chain_method="vectorized", progress_bar=False
-    )
+    rest = MCMC(made, num_warmup=2, num_samples=4, num_chains=num_chains, chain_method="vectorized", progress_bar=False)
     rest.post_warmup_state = state
     rest.run(state.rng_key, X, LABELS, batch_size=20)
     assert_equal_trees(rest.last_state, whole.last_state)
@@ -216,9 +214,7 @@ def test_x64(kernel):
         for preconditioner in (None, bdl.preconditioners.rms()):
             for dtype in (jnp.float64, jnp.float32):
                 start = {"w": jnp.ones((2,), dtype)}
-                mcmc = run(
-                    made(preconditioner=preconditioner), jnp.ones(8, dtype), batch_size=4, init_params=start
-                )
+                mcmc = run(made(preconditioner=preconditioner), jnp.ones(8, dtype), batch_size=4, init_params=start)
                 assert mcmc.last_state.z["w"].dtype == jnp.float64
     assert run(made(), jnp.ones(8), batch_size=4).last_state.z["w"].dtype == jnp.float32
 
@@ -240,9 +236,7 @@ def test_a_second_run_compiles_nothing(kernel, progress_bar, compilations, capsy
 @every_kernel
 def test_cyclical_schedule_preconditioner_and_temperature_together(kernel):
     schedule = bdl.cyclical(1e-4, steps_per_cycle=8, draws_per_cycle=2, exploration=0.5)
-    made = kernel.make(
-        NETWORKS["linen"], step_size=schedule, temperature=0.1, preconditioner=bdl.preconditioners.rms()
-    )
+    made = kernel.make(NETWORKS["linen"], step_size=schedule, temperature=0.1, preconditioner=bdl.preconditioners.rms())
     mcmc = run(made, X, LABELS, num_samples=4, batch_size=20)
     assert np.array_equal(mcmc.last_state.i, [24, 24])  # one cycle of warm-up, two of sampling
     assert np.isfinite(mcmc.get_samples()["net/Dense_0.kernel"]).all()
@@ -258,16 +252,12 @@ def test_shared_minibatches_are_the_same_under_every_chain_method(kernel):
     shared, sequential = (draws(m, share_batch=True)["net/Dense_0.bias"] for m in ("vectorized", "sequential"))
     np.testing.assert_allclose(shared, sequential, atol=1e-5)
     assert not np.allclose(shared, draws("vectorized")["net/Dense_0.bias"], atol=1e-7)
-    assert not np.allclose(
-        shared, draws("vectorized", share_batch=True, batch_seed=1)["net/Dense_0.bias"], atol=1e-7
-    )
+    assert not np.allclose(shared, draws("vectorized", share_batch=True, batch_seed=1)["net/Dense_0.bias"], atol=1e-7)
 
 
 @every_kernel
 def test_extra_fields_thinning_and_left_out_sites(kernel):
-    mcmc = network_run(
-        kernel, extra_fields=("i", "~z.net/Dense_1.kernel"), thinning=2, num_chains=1
-    )
+    mcmc = network_run(kernel, extra_fields=("i", "~z.net/Dense_1.kernel"), thinning=2, num_chains=1)
     np.testing.assert_array_equal(mcmc.get_extra_fields()["i"], [12, 18, 24])
     assert "net/Dense_1.kernel" not in mcmc.get_samples()
 

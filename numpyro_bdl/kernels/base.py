@@ -123,6 +123,11 @@ class StochasticGradientKernel(MCMCKernel):
             raise TypeError(f"{owner}: model must be a callable of NumPyro primitives, got {type(model).__name__}.")
         if not callable(temperature):
             check_number(owner, "temperature", temperature)
+        if preconditioner is not None and not hasattr(preconditioner, "diagonal"):
+            raise TypeError(
+                f"{owner}: preconditioner must be of numpyro_bdl.preconditioners, as preconditioners.rms(), got"
+                f" {preconditioner!r}."
+            )
         check_choice(owner, "minibatch", minibatch, STREAMS)
         check_integer(owner, "batch_seed", batch_seed, least=0)
         self._model = model

@@ -81,9 +81,7 @@ def test_mean_contracts_as_the_matrix_power():
     target = Location.make([H], rows=1)
     kernel = bdl.FlatBasinSGLD(target.model, step_size=A, eta=ETA, coupling="euler", collect_anchor=True)
     chains = 10_000
-    mcmc = MCMC(
-        kernel, num_warmup=0, num_samples=30, num_chains=chains, chain_method="vectorized", progress_bar=False
-    )
+    mcmc = MCMC(kernel, num_warmup=0, num_samples=30, num_chains=chains, chain_method="vectorized", progress_bar=False)
     mcmc.run(random.key(0), target.y, init_params={"w": jnp.full((chains, 1), 4.0)})
     z = np.stack(
         [mcmc.get_samples(True)["w"][..., 0], mcmc.get_extra_fields(True)["z_anchor"]["w"][..., 0]], axis=-1

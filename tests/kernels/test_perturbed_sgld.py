@@ -23,4 +23,3 @@ def test_stationary_law_is_the_finite_step_formula(variation):
 def test_sigma_must_be_positive():
     with pytest.raises(ValueError, match="sigma must be a number"):
         bdl.PerturbedSGLD(TARGET.model, step_size=0.1, sigma=0.0)
-
