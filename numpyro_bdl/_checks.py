@@ -5,12 +5,13 @@
 
 import inspect
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpyro.distributions as dist
 from jax.core import Tracer
 
 
@@ -73,4 +74,58 @@ def check_finite_data(arguments: dict[str, Any]) -> None:
                 f"The model's argument '{name}{jax.tree_util.keystr(path)}' has {len(bad)} NaN or infinite"
                 f" entries, the first at index {tuple(map(int, bad[0]))}. They would make every gradient NaN:"
                 " remove these rows, or impute them (masked entries too must hold some finite number)."
+            )
+
+
+def check_subsample_size(name: str, size: int, subsample_size: Any) -> None:
+    """Refuse a plate that is to show more rows than it has.
+
+    :raises ValueError: naming the plate, its size and what was asked for.
+    """
+    if subsample_size is None:
+        return
+    if not isinstance(subsample_size, int) or not 1 <= subsample_size <= size:
+        raise ValueError(
+            f"Plate '{name}' has {size} rows, but subsample_size={subsample_size!r}; it must be an integer from 1 to"
+            f" {size}, or None for all rows."
+        )
+
+
+def check_latent(name: str, site: dict, subsampled: Collection[str]) -> None:
+    """Refuse a latent site that has no gradient, or would be different in each minibatch.
+
+    :raises TypeError: for a discrete site.
+    :raises ValueError: for a Delta, or a site inside one of the subsampled plates.
+    """
+    fn = site["fn"]
+    if fn.support.is_discrete:
+        raise TypeError(
+            f"Latent site '{name}' is discrete ({type(fn).__name__}); gradients need continuous sites. Marginalize it"
+            " in the model, for instance by a mixture distribution."
+        )
+    if isinstance(fn, dist.Delta):
+        raise ValueError(f"Latent site '{name}' is a Delta; use numpyro.deterministic for a value that is given.")
+    inside = [frame.name for frame in site["cond_indep_stack"] if frame.name in subsampled]
+    if inside:
+        raise ValueError(
+            f"Latent site '{name}' lies inside the subsampled plate '{inside[0]}', so that each minibatch would have"
+            " latent values of its own. Move it out of the plate, or marginalize it."
+        )
+
+
+def check_batch_size_is_used(arguments: dict, plates: Mapping[str, Any], subsampled: Collection[str]) -> None:
+    """Refuse a batch size that no plate of the model takes up.
+
+    :raises ValueError: naming the argument and the plates.
+    """
+    if subsampled:
+        return
+    for name in ("batch_size", "subsample_size"):
+        value = arguments.get(name)
+        if isinstance(value, int) and all(plate.size != value for plate in plates.values()):
+            rows = ", ".join(f"'{k}' ({p.size} rows)" for k, p in plates.items()) or "none at all"
+            raise ValueError(
+                f"{name}={value} is given, but no plate of the model is subsampled; its plates: {rows}. Write"
+                f" numpyro.plate(name, size, subsample_size={name}) around the observed sites, and take the rows of x"
+                " and y in it by numpyro.subsample."
             )

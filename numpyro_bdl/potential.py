@@ -34,7 +34,14 @@ from numpyro.infer import init_to_uniform
 from numpyro.infer.util import _unconstrain_reparam, compute_log_probs, transform_fn
 from numpyro.primitives import Messenger
 
-from numpyro_bdl._checks import check_finite_data, named_arguments
+from numpyro_bdl._checks import (
+    check_batch_size_is_used,
+    check_finite_data,
+    check_latent,
+    check_subsample_size,
+    named_arguments,
+)
+from numpyro_bdl.natural_parameter import natural_parameter as natural_parameter
 
 Position = dict[str, Array]
 """Latent sites by name, in unconstrained space."""
@@ -109,7 +116,7 @@ class Potential:
         check_finite_data(arguments)
 
         jax.eval_shape(self._discover, random.key(0))
-        _check_batch_size_is_used(arguments, self.plates, self.subsampled)
+        check_batch_size_is_used(arguments, self.plates, self.subsampled)
         self._freeze((frozen,) if isinstance(frozen, str) else tuple(frozen))
         if not self.latent:
             raise ValueError("The model has no latent site, so nothing to sample: give its parameters a prior.")
@@ -123,7 +130,7 @@ class Potential:
         def first_values(site):
             if site["type"] == "plate":
                 size, subsample_size = site["args"]
-                _check_subsample_size(site["name"], size, subsample_size)
+                check_subsample_size(site["name"], size, subsample_size)
                 return None if subsample_size in (None, size) else jnp.arange(subsample_size)
             return strategy(site)
 
@@ -141,7 +148,7 @@ class Potential:
         samples = {k: site for k, site in sites.items() if site["type"] == "sample"}
         latent = {k: site for k, site in samples.items() if not site["is_observed"]}
         for name, site in latent.items():
-            _check_latent(name, site, self.subsampled)
+            check_latent(name, site, self.subsampled)
         if not latent:
             raise ValueError("The model has no latent site: there is nothing to sample.")
         self.latent: tuple[str, ...] = tuple(latent)
@@ -340,60 +347,6 @@ class Potential:
             return trace(model).get_trace(*args, **kwargs)
 
 
-# ---- the function of a model --------------------------------------------------------------------------------
-
-_LOGITS = (
-    dist.CategoricalLogits,
-    dist.CategoricalProbs,
-    dist.MultinomialLogits,
-    dist.MultinomialProbs,
-    dist.BernoulliLogits,
-    dist.BernoulliProbs,
-    dist.BinomialLogits,
-    dist.BinomialProbs,
-)
-_LOCATION = (
-    dist.Normal,
-    dist.LogNormal,
-    dist.StudentT,
-    dist.Laplace,
-    dist.Cauchy,
-    dist.Logistic,
-    dist.MultivariateNormal,
-    dist.LowRankMultivariateNormal,
-)
-
-
-def natural_parameter(name: str, site: dict) -> Array:
-    """The function of a model at a site: logits, location or log rate, or the value of a deterministic site.
-
-    :param name: Name of the site.
-    :param site: Its entry in a trace.
-    :return: The natural parameter, its batch dimensions those of the site.
-    :raises ValueError: if the distribution has none here; a deterministic site can then be named instead.
-    """
-    if site["type"] == "deterministic":
-        return site["value"]
-    outer = base = site["fn"]
-    while isinstance(base, (dist.Independent, dist.ExpandedDistribution, dist.MaskedDistribution)):
-        base = base.base_dist
-    shape = outer.shape()
-    if isinstance(base, _LOGITS):
-        value = base.logits
-    elif isinstance(base, _LOCATION):
-        value = base.loc
-    elif isinstance(base, dist.Poisson):
-        value = jnp.log(base.rate)
-    else:
-        raise ValueError(
-            f"The observed site '{name}' is a {type(base).__name__}, of which no natural parameter is known; name"
-            " a numpyro.deterministic site that holds the function of the model instead."
-        )
-    if isinstance(base, (dist.CategoricalLogits, dist.CategoricalProbs)):
-        shape = (*shape, value.shape[-1])
-    return jnp.broadcast_to(value, shape)
-
-
 # ---- what a run of the model leaves behind ------------------------------------------------------------------
 
 
@@ -474,47 +427,3 @@ def _any_subsample_size():
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "subsample_size does not match")
         yield
-
-
-# ---- checks -------------------------------------------------------------------------------------------------
-
-
-def _check_subsample_size(name: str, size: int, subsample_size: Any) -> None:
-    if subsample_size is None:
-        return
-    if not isinstance(subsample_size, int) or not 1 <= subsample_size <= size:
-        raise ValueError(
-            f"Plate '{name}' has {size} rows, but subsample_size={subsample_size!r}; it must be an integer from 1 to"
-            f" {size}, or None for all rows."
-        )
-
-
-def _check_latent(name: str, site: dict, subsampled: dict[str, Plate]) -> None:
-    fn = site["fn"]
-    if fn.support.is_discrete:
-        raise TypeError(
-            f"Latent site '{name}' is discrete ({type(fn).__name__}); gradients need continuous sites. Marginalize it"
-            " in the model, for instance by a mixture distribution."
-        )
-    if isinstance(fn, dist.Delta):
-        raise ValueError(f"Latent site '{name}' is a Delta; use numpyro.deterministic for a value that is given.")
-    inside = [frame.name for frame in site["cond_indep_stack"] if frame.name in subsampled]
-    if inside:
-        raise ValueError(
-            f"Latent site '{name}' lies inside the subsampled plate '{inside[0]}', so that each minibatch would have"
-            " latent values of its own. Move it out of the plate, or marginalize it."
-        )
-
-
-def _check_batch_size_is_used(arguments: dict, plates: dict[str, Plate], subsampled: dict[str, Plate]) -> None:
-    if subsampled:
-        return
-    for name in ("batch_size", "subsample_size"):
-        value = arguments.get(name)
-        if isinstance(value, int) and all(plate.size != value for plate in plates.values()):
-            rows = ", ".join(f"'{k}' ({p.size} rows)" for k, p in plates.items()) or "none at all"
-            raise ValueError(
-                f"{name}={value} is given, but no plate of the model is subsampled; its plates: {rows}. Write"
-                f" numpyro.plate(name, size, subsample_size={name}) around the observed sites, and take the rows of x"
-                " and y in it by numpyro.subsample."
-            )

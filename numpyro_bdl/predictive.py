@@ -208,7 +208,8 @@ class PosteriorPredictive:
         the largest."""
         of_sites = [set(names) - {None} for names in self.potential.observed.values()]
         shared = set(plates).intersection(*filter(None, of_sites)) if any(of_sites) else set()
-        return max(shared, key=lambda p: (p in self.potential.subsampled, plates[p]), default=None)
+        ranked = sorted(shared, key=lambda name: (name in self.potential.subsampled, plates[name]))
+        return ranked[-1] if ranked else None
 
     def _check_cut(self, call, first, key, plate, chunk, size, outputs, axes) -> None:
         try:

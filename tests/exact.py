@@ -35,8 +35,8 @@ def flat_euler(A, a, eta, T=1.0, P=None, V=None):
 
 
 def flat_exact(A, a, eta, T=1.0, P=None, V=None):
-    """Covariance of (w, u): a gradient step of w, then d = w - u as an Ornstein-Uhlenbeck process and s = (w + u) / 2 as
-    a Brownian motion, over time a."""
+    """Covariance of (w, u): a gradient step of w, then d = w - u as an Ornstein-Uhlenbeck process and s = (w + u) / 2
+    as a Brownian motion, over time a."""
     A, P, V, eye = _prepare(A, P, V)
     r = np.exp(-2 * a / eta)
     to_sd = np.block([[eye / 2, eye / 2], [eye, -eye]])

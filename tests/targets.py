@@ -16,7 +16,7 @@ CHAINS = 10_000
 
 
 class Location(NamedTuple):
-    """Rows y ~ N(L w, sigma^2 I), a Gaussian prior on w: a Gaussian target whose gradient noise does not depend on w."""
+    """Rows y ~ N(L w, sigma^2 I), a Gaussian prior on w: a Gaussian target whose gradient noise is the same everywhere."""
 
     y: jnp.ndarray
     L: np.ndarray

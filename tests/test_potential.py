@@ -136,7 +136,7 @@ def test_scale_factor_and_jacobian_fall_on_their_sides():
 
 
 def test_the_law_of_a_scaled_constrained_site():
-    """Half the log density of a half-normal is that of a half-normal twice as wide (in variance), in any coordinates."""
+    """Half the log density of a half-normal is that of one with twice its variance, in any coordinates."""
 
     def model():
         with handlers.scale(scale=0.5):

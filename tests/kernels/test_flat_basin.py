@@ -34,7 +34,7 @@ LAWS = {
 
 
 @pytest.mark.parametrize("variation", VARIATIONS.values(), ids=VARIATIONS)
-@pytest.mark.parametrize("arguments, law, law_arguments, steps", LAWS.values(), ids=LAWS)
+@pytest.mark.parametrize(("arguments", "law", "law_arguments", "steps"), LAWS.values(), ids=LAWS)
 def test_stationary_law_is_the_finite_step_formula(arguments, law, law_arguments, steps, variation):
     """T2, T3, T4, T9: the joint covariance of position and anchor."""
     assert_law(
@@ -62,7 +62,7 @@ def test_closed_forms_in_one_dimension():
         np.testing.assert_allclose(law(H, 1e-6, ETA, T), limit, rtol=1e-5)
 
 
-@pytest.mark.parametrize("coupling, variance", [("exact", 0.36763), ("euler", 0.37037)])
+@pytest.mark.parametrize(("coupling", "variance"), [("exact", 0.36763), ("euler", 0.37037)])
 def test_position_variance_of_the_two_joint_couplings(coupling, variance):
     """The two differ by 0.75 %, so it takes a million copies to tell them apart."""
 
@@ -199,7 +199,7 @@ def test_tiny_eta_stays_finite_and_moves_as_one_particle():
 
 
 @pytest.mark.parametrize(
-    "arguments, bound",
+    ("arguments", "bound"),
     [({"coupling": "euler"}, 0.3), ({"coupling": "euler", "momentum": 0.5}, 0.45), ({"coupling": "gibbs"}, 0.6)],
 )
 def test_steps_beyond_the_bound_of_the_coupling_are_refused(arguments, bound):
@@ -228,7 +228,7 @@ def test_anchor_steps_sets_eta_from_the_largest_step():
 
 
 @pytest.mark.parametrize(
-    "arguments, text",
+    ("arguments", "text"),
     [
         ({}, "one of eta and anchor_steps"),
         ({"eta": 0.1, "anchor_steps": 5}, "one of eta and anchor_steps"),

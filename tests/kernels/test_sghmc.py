@@ -23,7 +23,7 @@ def test_stationary_law_is_the_finite_step_formula(momentum, variation):
 
 
 @pytest.mark.parametrize(
-    "b, a, inflation",
+    ("b", "a", "inflation"),
     [(0.1, 0.01, 1.0045662), (0.1, 0.3, 1.1578947), (0.9, 0.01, 1.0026385), (0.9, 0.3, 1.0857143)],
 )
 def test_closed_form_in_one_dimension(b, a, inflation):
