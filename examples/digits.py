@@ -60,7 +60,8 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        return nn.Dense(8)(nn.relu(nn.Dense(64)(x)))
+        x = nn.relu(nn.Dense(64)(x))
+        return nn.Dense(8)(x)
 
 
 class ConvNet(nn.Module):
@@ -89,8 +90,9 @@ def convolve(x, kernel, strides, padding, **unused):
 
 
 def prior(name, shape):
-    """Weights of variance 16 / fan-in and biases of variance 1. The logits of a draw from it have a standard deviation of
-    6 (MLP) and 12 (conv net). With 2 / fan-in, as networks are initialized, it is 1.5, and no draw is sure of a digit."""
+    """Weights of variance 16 / fan-in and biases of variance 1. The logits of a draw from it have a standard deviation
+    of 6 (MLP) and 12 (conv net). With 2 / fan-in, as networks are initialized, it is 1.5: no draw is sure of a digit.
+    """
     return dist.Normal(0, 4 / np.sqrt(np.prod(shape[:-1])) if name.endswith("kernel") else 1.0)
 
 

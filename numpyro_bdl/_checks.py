@@ -84,7 +84,7 @@ def check_subsample_size(name: str, size: int, subsample_size: Any) -> None:
     """
     if subsample_size is None:
         return
-    if not isinstance(subsample_size, int) or not 1 <= subsample_size <= size:
+    if not isinstance(subsample_size, (int, np.integer)) or not 1 <= subsample_size <= size:
         raise ValueError(
             f"Plate '{name}' has {size} rows, but subsample_size={subsample_size!r}; it must be an integer from 1 to"
             f" {size}, or None for all rows."

@@ -23,6 +23,7 @@ def accuracy(probabilities: np.ndarray, labels: np.ndarray) -> float:
     :param probabilities: (row, class).
     :param labels: (row,) integers.
     """
+    probabilities, labels = _check(probabilities, labels)
     return float(np.mean(np.argmax(probabilities, -1) == labels))
 
 
@@ -32,7 +33,8 @@ def negative_log_likelihood(probabilities: np.ndarray, labels: np.ndarray) -> fl
     :param probabilities: (row, class).
     :param labels: (row,) integers.
     """
-    true = np.take_along_axis(np.asarray(probabilities), np.asarray(labels)[:, None], -1)
+    probabilities, labels = _check(probabilities, labels)
+    true = np.take_along_axis(probabilities, labels[:, None], -1)
     return float(-np.mean(np.log(np.maximum(true, np.finfo(np.float64).tiny))))
 
 
@@ -44,6 +46,7 @@ def calibration_bins(probabilities: np.ndarray, labels: np.ndarray, bins: int = 
     :param bins: Number of bins of [0, 1].
     :return: Mean confidence, accuracy and share of the rows, each (bin,); NaN in an empty bin, share 0.
     """
+    probabilities, labels = _check(probabilities, labels)
     confidence = np.max(probabilities, -1)
     correct = np.argmax(probabilities, -1) == labels
     which = np.minimum((confidence * bins).astype(int), bins - 1)
@@ -93,3 +96,13 @@ def total_variation(probabilities: np.ndarray, reference: np.ndarray) -> float:
     :param reference: (row, class).
     """
     return float(np.mean(np.sum(np.abs(np.asarray(probabilities) - reference), -1)) / 2)
+
+
+def _check(probabilities: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    probabilities, labels = np.asarray(probabilities), np.asarray(labels)
+    if probabilities.ndim != 2 or labels.shape != probabilities.shape[:1]:
+        raise ValueError(
+            f"Expected probabilities (row, class) and labels (row,), got shapes {probabilities.shape} and"
+            f" {labels.shape}; mean_probabilities averages draws."
+        )
+    return probabilities, labels

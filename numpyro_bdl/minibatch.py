@@ -58,7 +58,7 @@ def epoch(key: Array, i: int | Array, size: int, batch: int) -> Array:
     """
     divisor = math.gcd(size, batch)
     period, stride = size // divisor, batch // divisor
-    if period * stride >= 2**31:
+    if max(period * stride, size) >= 2**31:
         raise ValueError(
             f'minibatch="epoch" counts places up to {period * stride}, too many for 32 bits, with size={size} and'
             f" subsample_size={batch}; choose a subsample_size that shares a larger factor with the size."

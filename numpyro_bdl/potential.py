@@ -117,6 +117,8 @@ class Potential:
 
         jax.eval_shape(self._discover, random.key(0))
         check_batch_size_is_used(arguments, self.plates, self.subsampled)
+        if not isinstance(frozen, (str, tuple, list)):
+            raise TypeError(f"frozen must be a pattern or a tuple of patterns, got {frozen!r}.")
         self._freeze((frozen,) if isinstance(frozen, str) else tuple(frozen))
         if not self.latent:
             raise ValueError("The model has no latent site, so nothing to sample: give its parameters a prior.")

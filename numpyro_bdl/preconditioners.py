@@ -14,7 +14,6 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
 from jaxtyping import PyTree
 
 
@@ -101,8 +100,6 @@ def fixed(diagonal: PyTree) -> Preconditioner:
 class RMSState(NamedTuple):
     """State of :func:`rms`."""
 
-    count: Array
-    """gradients seen"""
     second_moment: PyTree
     """running mean of the squared gradient, like the position"""
     diagonal: PyTree
@@ -117,21 +114,19 @@ class _RMS:
 
     def init(self, z):
         ones = jax.tree.map(jnp.ones_like, z)
-        return RMSState(jnp.zeros((), jnp.int32), jax.tree.map(jnp.zeros_like, z), ones)
+        return RMSState(jax.tree.map(jnp.zeros_like, z), ones)
 
     def update(self, state, gradient):
-        count = state.count + 1
         second_moment = jax.tree.map(
             lambda v, g: self.decay * v + (1 - self.decay) * g**2, state.second_moment, gradient
         )
-        correction = 1 - self.decay**count
-        s = jax.tree.map(lambda v: jnp.sqrt(v / correction.astype(v.dtype)), second_moment)
+        s = jax.tree.map(jnp.sqrt, second_moment)
         leaves = jax.tree.leaves(s)
         mean = sum(jnp.sum(leaf) for leaf in leaves) / sum(leaf.size for leaf in leaves)
         diagonal = jax.tree.map(
             lambda si: jnp.where(mean > 0, (1 + self.damping) * mean / (si + self.damping * mean), 1.0), s
         )
-        return RMSState(count, second_moment, diagonal)
+        return RMSState(second_moment, diagonal)
 
     def diagonal(self, state, z):
         return state.diagonal
@@ -145,7 +140,7 @@ def rms(decay: float = 0.99, damping: float = 0.1) -> Preconditioner:
         P_i = (1 + \delta) \frac{\bar s}{s_i + \delta \bar s}, \qquad
         s_i = \sqrt{\mathbb{E}\, g_i^2}, \quad \bar s = \operatorname{mean}_i s_i
 
-    The mean square is an exponential moving average over the steps of warm-up, corrected for its start. Measured
+    The mean square is an exponential moving average over the steps of warm-up. Measured
     against the mean :math:`\bar s` over all coordinates, :math:`P` has no unit: it is 1 for a coordinate with an
     average gradient and at most :math:`(1 + \delta) / \delta`, so the step size keeps its meaning when the
     preconditioner is put in.

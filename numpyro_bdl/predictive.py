@@ -82,6 +82,11 @@ class PosteriorPredictive:
         collected = {"position": partial(positions, mcmc), "anchor": partial(anchors, mcmc, self.potential)}
         names = ("position", "anchor") if members == "both" else (members,)
         draws = [collected[name]() for name in names]
+        missing = [site for site in self.potential.latent if site not in draws[0]]
+        if missing:
+            raise ValueError(
+                f"The run left these sites out of its draws, without which nothing can be predicted: {missing}."
+            )
         values = _concatenate([{k: w[k] for k in self.potential.latent} for w in draws])
         mutable = _concatenate([_mutable(mcmc, self.potential)] * len(names))
         leaves = jax.tree.leaves(values)
@@ -237,7 +242,7 @@ class _Call:
     def __init__(self, potential: Potential, extract: Callable, names: tuple[str, ...], args: tuple, kwargs: dict):
         self.potential, self.extract, self.names = potential, extract, names
         leaves, self.treedef = jax.tree.flatten((args, kwargs))
-        self.is_array = tuple(hasattr(leaf, "shape") and hasattr(leaf, "dtype") for leaf in leaves)
+        self.is_array = tuple(isinstance(leaf, (np.ndarray, jax.Array)) for leaf in leaves)
         self.arrays = [jnp.asarray(leaf) for leaf, array in zip(leaves, self.is_array, strict=True) if array]
         self.fixed = tuple(leaf for leaf, array in zip(leaves, self.is_array, strict=True) if not array)
 

@@ -16,6 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from numpyro_bdl._checks import check_integer
+
 Schedule = Callable[[int | Array], float | Array]
 
 
@@ -102,8 +104,7 @@ def cyclical(
     if not (math.isfinite(peak) and peak > 0):
         raise ValueError(f"cyclical: peak must be a positive finite number, got {peak!r}.")
     for name, value in (("steps_per_cycle", steps_per_cycle), ("draws_per_cycle", draws_per_cycle)):
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"cyclical: {name} must be a positive integer, got {value!r}.")
+        check_integer("cyclical", name, value)
     if not 0 <= exploration < 1:
         raise ValueError(f"cyclical: exploration must lie in [0, 1), got {exploration!r}.")
     if not (math.isfinite(exploration_temperature) and exploration_temperature >= 0):
@@ -158,8 +159,7 @@ def as_schedule(step_size: float | Schedule, steps_per_draw: int | None) -> Cycl
             )
         return step_size
     steps_per_draw = 1 if steps_per_draw is None else steps_per_draw
-    if not isinstance(steps_per_draw, int) or steps_per_draw < 1:
-        raise ValueError(f"steps_per_draw must be a positive integer, got {steps_per_draw!r}.")
+    check_integer("kernel", "steps_per_draw", steps_per_draw)
     if callable(step_size):
         return Every(step_size, steps_per_draw)
     if isinstance(step_size, (bool, str)) or not isinstance(step_size, SupportsFloat) or np.ndim(step_size):

@@ -16,7 +16,7 @@ CHAINS = 10_000
 
 
 class Location(NamedTuple):
-    """Rows y ~ N(L w, sigma^2 I), a Gaussian prior on w: a Gaussian target whose gradient noise is the same everywhere."""
+    """Rows y ~ N(L w, sigma^2 I) and a Gaussian prior: a Gaussian target with the same gradient noise everywhere."""
 
     y: jnp.ndarray
     L: np.ndarray

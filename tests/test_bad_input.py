@@ -67,7 +67,7 @@ def sgld(model, *args, num_chains=1, chain_method="vectorized", init_params=None
     ("arguments", "text"),
     [
         ({"step_size": 0.0}, "step_size must be a positive finite number, got 0.0"),
-        ({"steps_per_draw": 0}, "steps_per_draw must be a positive integer, got 0"),
+        ({"steps_per_draw": 0}, "steps_per_draw must be an integer of at least 1, got 0"),
         ({"step_size": bdl.cyclical(0.1, steps_per_cycle=5), "steps_per_draw": 2}, "beside a cyclical schedule"),
         ({"temperature": 0.0}, r"temperature must be a number in \(0, inf\), got 0.0"),
         ({"temperature": -1}, r"temperature must be a number in \(0, inf\), got -1"),

@@ -94,9 +94,10 @@ def two_plates(y, x, y_batch=None, x_batch=None):
 
 def nested_plates(y, outer=None, inner=None):
     w = numpyro.sample("w", dist.Normal(0, 2))
-    with numpyro.plate("columns", y.shape[1], subsample_size=outer, dim=-1):
-        with numpyro.plate("rows", y.shape[0], subsample_size=inner, dim=-2):
-            numpyro.sample("y", dist.Normal(w, 1), obs=numpyro.subsample(y, event_dim=0))
+    columns = numpyro.plate("columns", y.shape[1], subsample_size=outer, dim=-1)
+    rows = numpyro.plate("rows", y.shape[0], subsample_size=inner, dim=-2)
+    with columns, rows:
+        numpyro.sample("y", dist.Normal(w, 1), obs=numpyro.subsample(y, event_dim=0))
 
 
 def test_two_plates_are_unbiased_together():

@@ -178,7 +178,6 @@ def sgld(num_warmup, num_samples, preconditioner, num_chains=1, **kwargs):
 def test_rms_adapts_in_warmup_and_is_frozen_for_sampling():
     mcmc = sgld(20, 10, preconditioners.rms())
     state = mcmc.get_extra_fields()["preconditioner"]
-    assert state.count.tolist() == [20] * 10
     for leaf in jax.tree.leaves(state):
         np.testing.assert_array_equal(leaf, np.broadcast_to(leaf[0], leaf.shape))
     diagonal = state.diagonal["x"][0]
@@ -202,7 +201,6 @@ def test_without_warmup_rms_stays_one():
 
 def test_each_vectorized_chain_adapts_by_itself():
     state = sgld(20, 2, preconditioners.rms(), num_chains=3, chain_method="vectorized").last_state.preconditioner
-    assert state.count.tolist() == [20, 20, 20]
     assert state.diagonal["x"].shape == (3, 3)
     assert len({tuple(chain) for chain in state.diagonal["x"].tolist()}) == 3
 

@@ -142,9 +142,9 @@ def test_exploration_of_a_run_is_gradient_descent():
         ({"peak": -1.0}, "peak must be a positive finite number, got -1.0"),
         ({"peak": math.inf}, "peak must be a positive finite number, got inf"),
         ({"peak": math.nan}, "peak must be a positive finite number, got nan"),
-        ({"steps_per_cycle": 0}, "steps_per_cycle must be a positive integer, got 0"),
-        ({"steps_per_cycle": 10.0}, r"steps_per_cycle must be a positive integer, got 10\.0"),
-        ({"draws_per_cycle": 0}, "draws_per_cycle must be a positive integer, got 0"),
+        ({"steps_per_cycle": 0}, "steps_per_cycle must be an integer of at least 1, got 0"),
+        ({"steps_per_cycle": 10.0}, r"steps_per_cycle must be an integer of at least 1, got 10\.0"),
+        ({"draws_per_cycle": 0}, "draws_per_cycle must be an integer of at least 1, got 0"),
         ({"exploration": 1.0}, r"exploration must lie in \[0, 1\), got 1.0"),
         ({"exploration": -0.1}, r"exploration must lie in \[0, 1\), got -0.1"),
         ({"exploration": math.nan}, r"exploration must lie in \[0, 1\), got nan"),
@@ -220,7 +220,7 @@ def test_step_size_is_refused(step_size, error, text):
 
 @pytest.mark.parametrize("steps", [0, -3, 2.0, "2"])
 def test_steps_per_draw_is_refused(steps):
-    with pytest.raises(ValueError, match=f"steps_per_draw must be a positive integer, got {steps!r}"):
+    with pytest.raises(ValueError, match=f"steps_per_draw must be an integer of at least 1, got {steps!r}"):
         as_schedule(0.1, steps)
 
 
