@@ -43,8 +43,9 @@ nb_output_stderr = "remove"
 # Sphinx reads only what lies below this folder.
 shutil.rmtree(HERE / "_notebooks", ignore_errors=True)
 (HERE / "_notebooks").mkdir()
-for notebook in sorted((HERE.parent / "notebooks").glob("*.ipynb")):
-    shutil.copy2(notebook, HERE / "_notebooks")
+for notebook in sorted((HERE.parent / "notebooks").iterdir()):
+    if notebook.suffix in {".ipynb", ".md"} and notebook.name != "README.md":
+        shutil.copy2(notebook, HERE / "_notebooks")
 
 # Tables come from the committed results of the benchmarks, so that the pages can't disagree with them.
 GENERATED = HERE / "_generated"

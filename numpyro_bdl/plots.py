@@ -142,7 +142,7 @@ def entropy_histogram(
         yticks=np.arange(len(names)) + 0.45,
         yticklabels=names[::-1],
         xlim=(0, edges[-1]),
-        ylim=(0, len(names)),
+        ylim=(0, len(names) + 0.4),  # room for a legend
     )
     ax.tick_params(axis="y", length=0)
     return ax

@@ -234,21 +234,26 @@ class StochasticGradientKernel(MCMCKernel):
         rng_key, key_z, key_fields, batch_key = random.split(rng_key, 4)
         z, mutable = self.potential.initial(key_z)
         z = z | {name: jnp.asarray(value, z[name].dtype) for name, value in init_params.items()}
-        # made from the key, so that under jax.vmap each chain has its own, as it has after a step
-        zero = 0 * random.bits(batch_key).astype(jnp.int32)
+        zero = jnp.zeros((), jnp.int32)
         state = {
             "i": zero,
             "z": z,
             "mutable": mutable,
             "preconditioner": self._preconditioner.init(z),
-            "minibatch_energy": jnp.full((), jnp.nan, self._dtype) + zero,
-            "step_size": self._step_size(zero) + zero,
-            "temperature": self._temperature_at(zero) + zero,
+            "minibatch_energy": jnp.full((), jnp.nan, self._dtype),
+            "step_size": self._step_size(zero),
+            "temperature": self._temperature_at(zero),
             "first_bad_step": zero - 1,
             "batch_key": batch_key,
             "rng_key": rng_key,
         }
-        return self.State(**state, **self._init_fields(key_fields, z))
+        # what is the same for all chains is made each chain's own, as it is after a step: under jax.vmap MCMC's
+        # collection would else have no place for it
+        own = 0 * random.bits(batch_key).astype(jnp.int32)
+        return jax.tree.map(
+            lambda x: x if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x + own.astype(x.dtype),
+            self.State(**state, **self._init_fields(key_fields, z)),
+        )
 
     def sample(self, state, model_args, model_kwargs):
         """The state one draw later; see NumPyro's MCMCKernel."""
