@@ -23,7 +23,7 @@ def check_number(
     :raises ValueError: with the owner, the name, what came and what was expected.
     """
     bracket = "[" if closed else "("
-    number = not isinstance(value, (bool, str)) and np.ndim(value) == 0 and np.isreal(value)
+    number = not isinstance(value, (bool, str, type(None))) and np.ndim(value) == 0 and np.isreal(value)
     if not (number and math.isfinite(value) and (low <= value if closed else low < value) and value < high):
         raise ValueError(f"{owner}: {name} must be a number in {bracket}{low:g}, {high:g}), got {value!r}.")
 
@@ -42,26 +42,31 @@ def check_choice(owner: str, name: str, value: Any, choices: Collection[str]) ->
 
     :raises ValueError: with the owner, the name, what came and what was expected.
     """
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{owner}: {name} must be one of {', '.join(map(repr, choices))}, got {value!r}.")
 
 
 def named_arguments(model: Callable, args: tuple, kwargs: dict) -> dict[str, Any]:
     """The arguments of a model call under the names of its signature, as far as it tells them."""
     try:
-        return dict(inspect.signature(model).bind_partial(*args, **kwargs).arguments)
+        bound = inspect.signature(model).bind_partial(*args, **kwargs)
+        bound.apply_defaults()
+        return dict(bound.arguments)
     except (TypeError, ValueError):
         return {f"argument {n}": value for n, value in enumerate(args)} | kwargs
 
 
-def check_finite_data(arguments: dict[str, Any]) -> None:
+def check_finite_data(arguments: dict[str, Any], owner: str = "The model's argument ") -> None:
     """Refuse model arguments that hold NaN or infinite numbers.
 
     :param arguments: Model arguments by name; tracers are passed over.
+    :param owner: What comes before the name in the text.
     :raises ValueError: naming the argument, how many entries are bad and the first of them.
     """
     for name, value in arguments.items():
         for path, leaf in jax.tree_util.tree_leaves_with_path(value):
+            if isinstance(leaf, float) and math.isnan(leaf):
+                raise ValueError(f"{owner}'{name}{jax.tree_util.keystr(path)}' is NaN.")
             if isinstance(leaf, Tracer) or not isinstance(leaf, (np.ndarray, jax.Array)):
                 continue
             if not jnp.issubdtype(leaf.dtype, jnp.inexact):
@@ -71,7 +76,7 @@ def check_finite_data(arguments: dict[str, Any]) -> None:
             if not len(bad):
                 continue
             raise ValueError(
-                f"The model's argument '{name}{jax.tree_util.keystr(path)}' has {len(bad)} NaN or infinite"
+                f"{owner}'{name}{jax.tree_util.keystr(path)}' has {len(bad)} NaN or infinite"
                 f" entries, the first at index {tuple(map(int, bad[0]))}. They would make every gradient NaN:"
                 " remove these rows, or impute them (masked entries too must hold some finite number)."
             )
@@ -109,7 +114,8 @@ def check_latent(name: str, site: dict, subsampled: Collection[str]) -> None:
     if inside:
         raise ValueError(
             f"Latent site '{name}' lies inside the subsampled plate '{inside[0]}', so that each minibatch would have"
-            " latent values of its own. Move it out of the plate, or marginalize it."
+            " latent values of its own. Move it out of the plate, or marginalize it; if it is data, hand it to the"
+            " model, so that the site is observed."
         )
 
 
@@ -122,10 +128,24 @@ def check_batch_size_is_used(arguments: dict, plates: Mapping[str, Any], subsamp
         return
     for name in ("batch_size", "subsample_size"):
         value = arguments.get(name)
-        if isinstance(value, int) and all(plate.size != value for plate in plates.values()):
+        if isinstance(value, int) and all(value < plate.size for plate in plates.values()):
             rows = ", ".join(f"'{k}' ({p.size} rows)" for k, p in plates.items()) or "none at all"
             raise ValueError(
                 f"{name}={value} is given, but no plate of the model is subsampled; its plates: {rows}. Write"
                 f" numpyro.plate(name, size, subsample_size={name}) around the observed sites, and take the rows of x"
                 " and y in it by numpyro.subsample."
+            )
+
+
+def check_rows(name: str, site: dict) -> None:
+    """Refuse an observed site that has more rows than its plate shows.
+
+    :raises ValueError: naming the site and the plate.
+    """
+    for frame in site["cond_indep_stack"]:
+        rows = site["fn"].batch_shape[frame.dim]
+        if rows != frame.size:
+            raise ValueError(
+                f"Observed site '{name}' has {rows} rows in plate '{frame.name}', which shows {frame.size}: take the"
+                " rows of every array in the plate by numpyro.subsample."
             )

@@ -26,7 +26,7 @@ def to_datatree(
     weights: bool = True,
     rng_key: Array | None = None,
     draw_chunk: int = 16,
-    data_chunk: int | None = 1024,
+    data_chunk: int | None | str = "auto",
     **model_kwargs,
 ) -> DataTree:
     """The draws of a run, and what they say, as ArviZ wants it.
@@ -50,7 +50,7 @@ def to_datatree(
     :param weights: Keep the parameters of networks in ``posterior`` and ``anchor``.
     :param rng_key: PRNG key of the posterior predictive; None for ``jax.random.key(0)``.
     :param draw_chunk: Draws per chunk of evaluation.
-    :param data_chunk: Rows per chunk of evaluation.
+    :param data_chunk: Rows per chunk of evaluation, as of :class:`~numpyro_bdl.PosteriorPredictive`.
     :param model_kwargs: Keyword arguments of the model that are to differ from those of the run, as ``train=False``.
     :return: A DataTree. Its attributes tell the kernel, its temperature if it is fixed, whether chains shared their
         minibatches, and which chains turned bad at which step.

@@ -105,4 +105,6 @@ def _check(probabilities: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, n
             f"Expected probabilities (row, class) and labels (row,), got shapes {probabilities.shape} and"
             f" {labels.shape}; mean_probabilities averages draws."
         )
+    if not np.isfinite(probabilities).all():
+        raise ValueError("A probability is not a finite number; is there a chain of NaN among the draws?")
     return probabilities, labels

@@ -52,7 +52,8 @@ def natural_parameter(name: str, site: dict) -> Array:
     else:
         raise ValueError(
             f"The observed site '{name}' is a {type(base).__name__}, of which no natural parameter is known; name"
-            " a numpyro.deterministic site that holds the function of the model instead."
+            " a numpyro.deterministic site that holds the function of the model instead, as in sites=('f',), or give"
+            " sites=() to do without."
         )
     if isinstance(base, (dist.CategoricalLogits, dist.CategoricalProbs)):
         shape = (*shape, value.shape[-1])

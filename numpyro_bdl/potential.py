@@ -38,6 +38,7 @@ from numpyro_bdl._checks import (
     check_batch_size_is_used,
     check_finite_data,
     check_latent,
+    check_rows,
     check_subsample_size,
     named_arguments,
 )
@@ -151,6 +152,9 @@ class Potential:
         latent = {k: site for k, site in samples.items() if not site["is_observed"]}
         for name, site in latent.items():
             check_latent(name, site, self.subsampled)
+        for name, site in samples.items():
+            if site["is_observed"] and not site["infer"].get("is_auxiliary", False):
+                check_rows(name, site)
         if not latent:
             raise ValueError("The model has no latent site: there is nothing to sample.")
         self.latent: tuple[str, ...] = tuple(latent)
@@ -160,7 +164,7 @@ class Potential:
             if site["is_observed"] and not site["infer"].get("is_auxiliary", False)
         }
         """Observed sites, each with the plates of its batch dimensions from the left, None for one without a plate."""
-        self._log_det = frozenset(f"_{name}_log_det" for name in latent)
+        self._log_det = tuple(f"_{name}_log_det" for name in latent)
 
         supports = {k: site["fn"].support for k, site in latent.items()}
         static = {k: s for k, s in supports.items() if not _has_tracers(s)}
@@ -171,6 +175,12 @@ class Potential:
             if site["type"] == "deterministic"
             and not any(frame.name in self.subsampled for frame in site["cond_indep_stack"])
         )
+        if self._deterministic and record.mutable:
+            warnings.warn(
+                f"The deterministic sites {', '.join(self._deterministic)} are not collected, since the model has"
+                " mutable collections; evaluate them by PosteriorPredictive.functions(sites=...).",
+                stacklevel=6,
+            )
         self._replay = len(static) < len(supports) or bool(self._deterministic and not record.mutable)
 
         self._params, self._without_prior = {}, {}
@@ -236,7 +246,10 @@ class Potential:
             value = sites[name]["value"]
             if self.init_strategy is None and name in self.network and _is_real(sites[name]["fn"].support):
                 own = _at(record.params[self.network[name][0]], self.network[name][1])
-                value = own if isinstance(own, Tracer) else _alike(random.fold_in(key_network, n), own)
+                if isinstance(own, Tracer):
+                    value = own
+                elif not _is_shape(own):  # as after handlers.substitute, in whose tree NumPyro writes shapes
+                    value = _alike(random.fold_in(key_network, n), own)
             z[name] = transform.inv(value)
         return z, self._without_keys(record.mutable)
 
@@ -292,7 +305,8 @@ class Potential:
             log_joint, sites = compute_log_probs(model, args, kwargs, {})
         prior = likelihood = jnp.zeros(())
         for name, log_prob in log_joint.items():
-            if name in self._log_det:
+            # inside a scope NumPyro puts the name of the scope before these once more
+            if name.endswith(self._log_det):
                 # a change of variables happens once, however the density is scaled; NumPyro scales it too
                 prior -= jnp.sum(sites[name]["fn"].log_prob(sites[name]["value"]))
             elif name in self.latent:

@@ -16,6 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
+from numpyro_bdl._checks import check_number
+
 
 class Preconditioner(Protocol):
     """Three pure functions, as an optax transformation has two."""
@@ -152,8 +154,6 @@ def rms(decay: float = 0.99, damping: float = 0.1) -> Preconditioner:
     **References:** Li et al., *Preconditioned stochastic gradient Langevin dynamics for deep neural networks*,
     AAAI 2016. There the average never stops and its drift :math:`\Gamma` is left out, which changes the law.
     """
-    if not 0 < decay < 1:
-        raise ValueError(f"preconditioners.rms: decay must lie in (0, 1), got {decay!r}.")
-    if not (damping > 0 and np.isfinite(damping)):
-        raise ValueError(f"preconditioners.rms: damping must be positive and finite, got {damping!r}.")
+    check_number("preconditioners.rms", "decay", decay, high=1)
+    check_number("preconditioners.rms", "damping", damping)
     return _RMS(decay, damping)

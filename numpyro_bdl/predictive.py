@@ -23,6 +23,7 @@ from numpyro_bdl._checks import check_choice, check_finite_data, check_integer, 
 from numpyro_bdl.potential import Potential, natural_parameter
 
 MEMBERS = ("position", "anchor", "both")
+_AUTO_CHUNK = 1024
 
 
 class PosteriorPredictive:
@@ -36,8 +37,9 @@ class PosteriorPredictive:
     :param members: ``"position"``, or, of a kernel that collected it, ``"anchor"``, or ``"both"`` (the draws of the
         position, then those of the anchor). Only the position follows the posterior: the anchors are for prediction.
     :param draw_chunk: Draws per chunk.
-    :param data_chunk: Rows per chunk; None for all. A model is cut along the plate of its observed sites, and must
-        take its rows by ``numpyro.subsample`` or the indices of the plate.
+    :param data_chunk: Rows per chunk; None for all; ``"auto"`` for 1024, or all if the model can't be cut. A model is
+        cut along the plate of its observed sites, if it takes its rows by ``numpyro.subsample`` or the indices of the
+        plate.
     :param progress_bar: Show a bar when the work takes more than two seconds.
     :raises ValueError: for a run without draws, or members that were not collected.
 
@@ -69,18 +71,24 @@ class PosteriorPredictive:
         *,
         members: str = "position",
         draw_chunk: int = 16,
-        data_chunk: int | None = 1024,
+        data_chunk: int | None | str = "auto",
         progress_bar: bool = True,
     ):
         check_choice("PosteriorPredictive", "members", members, MEMBERS)
         check_integer("PosteriorPredictive", "draw_chunk", draw_chunk)
-        if data_chunk is not None:
+        if data_chunk not in (None, "auto"):
             check_integer("PosteriorPredictive", "data_chunk", data_chunk)
         self.potential = potential_of(mcmc)
         warn_of_bad_chains(mcmc)
         self._mcmc_arguments = mcmc._args, mcmc._kwargs
         collected = {"position": partial(positions, mcmc), "anchor": partial(anchors, mcmc, self.potential)}
         names = ("position", "anchor") if members == "both" else (members,)
+        if members != "position" and self.potential.has_mutable:
+            warnings.warn(
+                "The mutable collections (BatchNorm) kept with the draws are those of the position; the anchors are"
+                " given them too.",
+                stacklevel=2,
+            )
         draws = [collected[name]() for name in names]
         missing = [site for site in self.potential.latent if site not in draws[0]]
         if missing:
@@ -135,10 +143,7 @@ class PosteriorPredictive:
             return self.functions(sites=sites, **kwargs), None
         size = self.potential.plates[plate].size
         rows = np.unique(np.linspace(0, size - 1, min(count, size)).round().astype(int))
-        try:
-            return self._map(_function, random.key(0), sites, (), kwargs, rows=rows), rows
-        except CannotCut:
-            return self.functions(sites=sites, **kwargs), np.arange(size)
+        return self._map(_function, random.key(0), sites, (), kwargs, rows=rows), rows
 
     def observed_data(self) -> dict[str, np.ndarray]:
         """The observations of the run, all of their rows, by site."""
@@ -146,10 +151,9 @@ class PosteriorPredictive:
 
         def run(values, mutable):
             sites = self.potential.run(values, {}, random.key(0), mutable, args, kwargs)
-            return {
-                name: jnp.broadcast_to(sites[name]["value"], sites[name]["fn"].shape())
-                for name in self.potential.observed
-            }
+            values = {name: jnp.asarray(sites[name]["value"]) for name in self.potential.observed}
+            shapes = {name: jnp.broadcast_shapes(v.shape, sites[name]["fn"].shape()) for name, v in values.items()}
+            return {name: jnp.broadcast_to(v, shapes[name]) for name, v in values.items()}
 
         # in the compiled program nothing is left but the observations, which depend on no draw
         first = jax.tree.map(lambda w: w[0], self._draws)
@@ -162,18 +166,26 @@ class PosteriorPredictive:
         args, kwargs = self._complete(args, kwargs)
         check_finite_data(named_arguments(self.potential.model, args, kwargs))
         names = tuple(self.potential.observed) if names is None else tuple(names)
-        call = _Call(self.potential, extract, names, args, kwargs)
+        call, arrays = _call(self.potential, extract, names, args, kwargs)
         first = jax.tree.map(lambda w: w[0], self._draws)
-        outputs, frames, plates = call.describe(*first, key, {})
+        outputs, frames, plates = call.describe(*first, key, {}, arrays)
         plate = self._data_plate(plates)
         axes = {name: _row_axis(frames[name], plate) for name in names}
 
         size = plates[plate] if plate else 1
-        cut = rows is not None or (plate is not None and self._data_chunk is not None and self._data_chunk < size)
+        limit = self._data_chunk if isinstance(self._data_chunk, int) else size
+        limit = _AUTO_CHUNK if self._data_chunk == "auto" else limit
+        some = rows is not None and len(rows) < size
         rows = np.arange(size) if rows is None else rows
-        chunk = min(len(rows), self._data_chunk or len(rows))
-        if cut:
-            self._check_cut(call, first, key, plate, chunk, size, outputs, axes)
+        chunk = min(len(rows), limit)
+        cut = plate is not None and chunk < size
+        if cut and not call.can_be_cut(*first, key, {plate: jnp.arange(chunk)}, arrays, outputs, axes):
+            if isinstance(self._data_chunk, int) and self._data_chunk < size:
+                raise ValueError(
+                    f"The model can't be cut into {chunk} of the {size} rows of its plate '{plate}': inside the plate,"
+                    " take the rows of every array by numpyro.subsample(array, event_dim=...); or give data_chunk=None."
+                )
+            cut, chunk = False, len(rows)
         program = self._programs.setdefault(
             (call.identity, cut), jax.jit(jax.vmap(call, in_axes=(0, 0, 0, None, None)))
         )
@@ -192,9 +204,12 @@ class PosteriorPredictive:
             taken = rows[np.minimum(np.arange(r, r + chunk), len(rows) - 1)]
             values, mutable = jax.tree.map(lambda w, take=take: w[take], self._draws)
             chunk_keys = jax.vmap(random.fold_in, (0, None))(keys[take], r)
-            block = program(values, mutable, chunk_keys, {plate: jnp.asarray(taken)} if cut else {}, call.arrays)
+            block = program(values, mutable, chunk_keys, {plate: jnp.asarray(taken)} if cut else {}, arrays)
             for name, axis in axes.items():
-                _store(results[name], np.asarray(block[name]), axis, d, r)
+                values = np.asarray(block[name])
+                if some and not cut and axis is not None:
+                    values = np.take(values, rows, axis + 1)
+                _store(results[name], values, axis, d, r)
         if extract is _function:
             # rows before outputs, whatever the order of the plates
             inside = {name: axis + 1 for name, axis in axes.items() if axis is not None}
@@ -204,7 +219,7 @@ class PosteriorPredictive:
     def _complete(self, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """The arguments of the run, with the given keywords over them, unless a call of its own is given."""
         run_args, run_kwargs = self._mcmc_arguments
-        if args or (not run_args and any(hasattr(leaf, "shape") for leaf in jax.tree.leaves(kwargs))):
+        if args or any(hasattr(leaf, "shape") for leaf in jax.tree.leaves(kwargs)):
             return args, kwargs
         return run_args, run_kwargs | kwargs
 
@@ -216,40 +231,18 @@ class PosteriorPredictive:
         ranked = sorted(shared, key=lambda name: (name in self.potential.subsampled, plates[name]))
         return ranked[-1] if ranked else None
 
-    def _check_cut(self, call, first, key, plate, chunk, size, outputs, axes) -> None:
-        try:
-            cut = call.describe(*first, key, {plate: jnp.arange(chunk)})[0]
-            good = all(
-                cut[name].shape == tuple(chunk if n == axes[name] else m for n, m in enumerate(out.shape))
-                for name, out in outputs.items()
-            )
-        except (ValueError, TypeError):
-            good = False
-        if not good:
-            raise CannotCut(
-                f"The model can't be cut into {chunk} of the {size} rows of its plate '{plate}': inside the plate, take"
-                " the rows of every array by numpyro.subsample(array, event_dim=...); or give data_chunk=None."
-            )
-
-
-class CannotCut(ValueError):
-    """The model does not take its rows through its plate."""
-
 
 class _Call:
     """A model call as a pure function of one draw: arrays among its arguments are traced, the rest is fixed."""
 
-    def __init__(self, potential: Potential, extract: Callable, names: tuple[str, ...], args: tuple, kwargs: dict):
+    def __init__(self, potential: Potential, extract: Callable, names: tuple[str, ...], treedef, is_array, fixed):
         self.potential, self.extract, self.names = potential, extract, names
-        leaves, self.treedef = jax.tree.flatten((args, kwargs))
-        self.is_array = tuple(isinstance(leaf, (np.ndarray, jax.Array)) for leaf in leaves)
-        self.arrays = [jnp.asarray(leaf) for leaf, array in zip(leaves, self.is_array, strict=True) if array]
-        self.fixed = tuple(leaf for leaf, array in zip(leaves, self.is_array, strict=True) if not array)
+        self.treedef, self.is_array, self.fixed = treedef, is_array, fixed
 
     @property
     def identity(self) -> tuple:
-        """What a compiled program depends on, besides shapes."""
-        return self.extract, self.names, self.treedef, self.is_array, self.fixed
+        """What a compiled program depends on, besides shapes; the program keeps the fixed arguments alive."""
+        return self.extract, self.names, self.treedef, self.is_array, tuple(map(_identity, self.fixed))
 
     def _run(self, values, mutable, key, rows, arrays):
         arrays, fixed = iter(arrays), iter(self.fixed)
@@ -265,7 +258,7 @@ class _Call:
     def __call__(self, values, mutable, key, rows, arrays) -> dict[str, Array]:
         return self._run(values, mutable, key, rows, arrays)[0]
 
-    def describe(self, values, mutable, key, rows) -> tuple[dict, dict[str, dict], dict[str, int]]:
+    def describe(self, values, mutable, key, rows, arrays) -> tuple[dict, dict[str, dict], dict[str, int]]:
         """Shapes of the outputs, the sites they come from, and the sizes of all plates; no flops."""
         found: dict[str, dict] = {}
 
@@ -274,9 +267,38 @@ class _Call:
             found.update(sites)
             return outputs
 
-        shapes = jax.eval_shape(run, values, mutable, key, rows, self.arrays)
+        shapes = jax.eval_shape(run, values, mutable, key, rows, arrays)
         plates = {name: site["args"][0] for name, site in found.items() if site["type"] == "plate"}
         return shapes, {name: found[name] for name in self.names}, plates
+
+    def can_be_cut(self, values, mutable, key, rows, arrays, outputs: dict, axes: dict[str, int | None]) -> bool:
+        """Whether the outputs shrink to the given rows of the plate, and nothing else changes."""
+        (chunk,) = (len(index) for index in rows.values())
+        try:
+            cut = self.describe(values, mutable, key, rows, arrays)[0]
+        except (ValueError, TypeError):
+            return False
+        return all(
+            cut[name].shape == tuple(chunk if n == axes[name] else m for n, m in enumerate(out.shape))
+            for name, out in outputs.items()
+        )
+
+
+def _call(potential, extract, names, args: tuple, kwargs: dict) -> tuple[_Call, list[Array]]:
+    """The call and the arrays among its arguments."""
+    leaves, treedef = jax.tree.flatten((args, kwargs))
+    is_array = tuple(isinstance(leaf, (np.ndarray, jax.Array)) for leaf in leaves)
+    arrays = [jnp.asarray(leaf) for leaf, array in zip(leaves, is_array, strict=True) if array]
+    fixed = tuple(leaf for leaf, array in zip(leaves, is_array, strict=True) if not array)
+    return _Call(potential, extract, names, treedef, is_array, fixed), arrays
+
+
+def _identity(leaf: Any) -> tuple:
+    try:
+        hash(leaf)
+    except TypeError:
+        return type(leaf), id(leaf)
+    return type(leaf), leaf
 
 
 # ---- what is taken from a site ------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from numpyro_bdl._checks import check_integer
+from numpyro_bdl._checks import check_integer, check_number
 
 Schedule = Callable[[int | Array], float | Array]
 
@@ -38,13 +38,14 @@ class Cyclical:
     @property
     def _draws_at(self) -> np.ndarray:
         """Steps into the cycle at which its draws are handed over; the last ends the cycle."""
-        start = math.ceil(self.exploration * self.steps_per_cycle)
+        start = exploration_steps(self.exploration, self.steps_per_cycle)
         sampling = self.steps_per_cycle - start
         return start + np.arange(1, self.draws_per_cycle + 1) * sampling // self.draws_per_cycle
 
     def temperature(self, i, temperature):
         """The temperature of step ``i``: that of the exploration phase, else the one given."""
-        exploring = jnp.asarray(i) % self.steps_per_cycle < self.exploration * self.steps_per_cycle
+        start = exploration_steps(self.exploration, self.steps_per_cycle)
+        exploring = jnp.asarray(i) % self.steps_per_cycle < start
         return jnp.where(exploring, self.exploration_temperature, temperature)
 
     def steps_to_draw(self, i):
@@ -57,6 +58,11 @@ class Cyclical:
         """Gradient steps from the start to the end of the given number of draws."""
         cycles, rest = divmod(draws, self.draws_per_cycle)
         return cycles * self.steps_per_cycle + (int(self._draws_at[rest - 1]) if rest else 0)
+
+
+def exploration_steps(exploration: float, steps_per_cycle: int) -> int:
+    """Steps of a cycle that explore; rounded first, since .55 of 100 is a little more than 55."""
+    return math.ceil(round(exploration * steps_per_cycle, 9))
 
 
 def cyclical(
@@ -101,17 +107,12 @@ def cyclical(
     **References:** Zhang et al., *Cyclical stochastic gradient MCMC for Bayesian deep learning*, ICLR 2020,
     equation (1).
     """
-    if not (math.isfinite(peak) and peak > 0):
-        raise ValueError(f"cyclical: peak must be a positive finite number, got {peak!r}.")
+    check_number("cyclical", "peak", peak)
+    check_number("cyclical", "exploration", exploration, high=1, closed=True)
     for name, value in (("steps_per_cycle", steps_per_cycle), ("draws_per_cycle", draws_per_cycle)):
         check_integer("cyclical", name, value)
-    if not 0 <= exploration < 1:
-        raise ValueError(f"cyclical: exploration must lie in [0, 1), got {exploration!r}.")
-    if not (math.isfinite(exploration_temperature) and exploration_temperature >= 0):
-        raise ValueError(
-            f"cyclical: exploration_temperature must be finite and not negative, got {exploration_temperature!r}."
-        )
-    sampling = steps_per_cycle - math.ceil(exploration * steps_per_cycle)
+    check_number("cyclical", "exploration_temperature", exploration_temperature, closed=True)
+    sampling = steps_per_cycle - exploration_steps(exploration, steps_per_cycle)
     if sampling < draws_per_cycle:
         raise ValueError(
             f"cyclical: a cycle of {steps_per_cycle} steps with exploration={exploration} leaves"
@@ -143,11 +144,12 @@ class Every:
         return draws * self.steps_per_draw
 
 
-def as_schedule(step_size: float | Schedule, steps_per_draw: int | None) -> Cyclical | Every:
+def as_schedule(step_size: float | Schedule, steps_per_draw: int | None, owner: str = "schedule") -> Cyclical | Every:
     """The schedule of a kernel from its arguments.
 
     :param step_size: A positive number, an optax schedule, or :func:`cyclical`.
     :param steps_per_draw: Gradient steps in a draw; None means 1, or what :func:`cyclical` says.
+    :param owner: The kernel's name, for error texts.
     :raises ValueError: if ``step_size`` is not positive, or ``steps_per_draw`` is given with a cycle.
     :raises TypeError: if ``step_size`` is neither a number nor callable.
     """
@@ -159,7 +161,7 @@ def as_schedule(step_size: float | Schedule, steps_per_draw: int | None) -> Cycl
             )
         return step_size
     steps_per_draw = 1 if steps_per_draw is None else steps_per_draw
-    check_integer("kernel", "steps_per_draw", steps_per_draw)
+    check_integer(owner, "steps_per_draw", steps_per_draw)
     if callable(step_size):
         return Every(step_size, steps_per_draw)
     if isinstance(step_size, (bool, str)) or not isinstance(step_size, SupportsFloat) or np.ndim(step_size):

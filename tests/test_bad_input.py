@@ -568,3 +568,61 @@ def test_an_unstable_step_size_is_told():
     assert 0 < mcmc.last_state.first_bad_step < 20
     with pytest.warns(UserWarning, match="Most often the step size is too large"):
         bdl.PosteriorPredictive(mcmc)
+
+
+# ---- what a review found --------------------------------------------------------------------------------------------
+
+
+def test_an_infinite_energy_marks_the_chain():
+    def model():
+        t = numpyro.sample("t", dist.HalfNormal(1.0))
+        numpyro.sample("y", dist.Uniform(0, t), obs=jnp.array(50.0))
+
+    mcmc = MCMC(bdl.SGLD(model, step_size=1e-3), num_warmup=0, num_samples=3, progress_bar=False)
+    mcmc.run(random.key(0))
+    assert int(mcmc.last_state.first_bad_step) == 0
+    assert np.isnan(mcmc.get_samples()["t"]).all()
+
+
+def test_init_params_must_be_finite_and_a_dict():
+    def model():
+        numpyro.sample("t", dist.Normal(0.0, 1.0))
+
+    mcmc = MCMC(bdl.SGLD(model, step_size=1e-3), num_warmup=0, num_samples=3, progress_bar=False)
+    with pytest.raises(ValueError, match="init_params.*NaN or infinite"):
+        mcmc.run(random.key(0), init_params={"t": jnp.array(jnp.nan)})
+    with pytest.raises(TypeError, match="init_params must be a dict"):
+        mcmc.run(random.key(0), init_params=[jnp.array(1.0)])
+
+
+@pytest.mark.parametrize("arguments", [{"temperature": None}, {"minibatch": ["epoch"]}, {"frozen": True}])
+def test_arguments_of_a_wrong_type_are_told(arguments):
+    def model():
+        numpyro.sample("t", dist.Normal(0.0, 1.0))
+
+    def run():
+        kernel = bdl.SGLD(model, step_size=1e-3, **arguments)
+        MCMC(kernel, num_warmup=0, num_samples=3, progress_bar=False).run(random.key(0))
+
+    with pytest.raises((ValueError, TypeError), match=next(iter(arguments))):
+        run()
+
+
+def test_a_batch_larger_than_the_data_is_all_of_them():
+    def model(y, batch_size=None):
+        t = numpyro.sample("t", dist.Normal(0.0, 1.0))
+        with numpyro.plate("data", len(y), subsample_size=min(batch_size, len(y))):
+            numpyro.sample("y", dist.Normal(t, 1), obs=numpyro.subsample(y, event_dim=0))
+
+    mcmc = MCMC(bdl.SGLD(model, step_size=1e-3), num_warmup=0, num_samples=3, progress_bar=False)
+    mcmc.run(random.key(0), jnp.ones(6), batch_size=128)
+    assert np.isfinite(mcmc.get_samples()["t"]).all()
+
+
+def test_rms_without_warmup_is_told():
+    def model():
+        numpyro.sample("t", dist.Normal(0.0, 1.0))
+
+    kernel = bdl.SGLD(model, step_size=1e-3, preconditioner=bdl.preconditioners.rms())
+    with pytest.warns(UserWarning, match="num_warmup=0"):
+        MCMC(kernel, num_warmup=0, num_samples=3, progress_bar=False).run(random.key(0))

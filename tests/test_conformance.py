@@ -216,6 +216,16 @@ def test_x64(kernel):
                 start = {"w": jnp.ones((2,), dtype)}
                 mcmc = run(made(preconditioner=preconditioner), jnp.ones(8, dtype), batch_size=4, init_params=start)
                 assert mcmc.last_state.z["w"].dtype == jnp.float64
+
+        # Flax keeps float32 parameters, beside a site and data in float64
+        def mixed(x, y, batch_size=None):
+            numpyro.sample("s", dist.HalfNormal(1.0))
+            NETWORKS["linen"](x, y, batch_size=batch_size)
+
+        made_mixed = kernel.make(mixed, step_size=1e-4, preconditioner=bdl.preconditioners.rms())
+        state = run(made_mixed, X.astype(np.float64), LABELS, batch_size=20).last_state
+        assert state.z["s"].dtype == jnp.float64
+        assert state.z["net/Dense_0.kernel"].dtype == jnp.float32
     assert run(made(), jnp.ones(8), batch_size=4).last_state.z["w"].dtype == jnp.float32
 
 

@@ -277,7 +277,7 @@ def test_a_schedule_of_temperatures_is_in_the_sample_stats():
 
 
 def test_bad_chains_are_marked_and_their_draws_are_nan(tmp_path):
-    mcmc = run(bdl.SGLD(gaussian, step_size=1e-3), Y, num_samples=4, init_params={"mu": jnp.array([0.0, jnp.inf])})
+    mcmc = run(bdl.SGLD(gaussian, step_size=1e-3), Y, num_samples=4, init_params={"mu": jnp.array([0.0, 1e30])})
     with pytest.warns(UserWarning, match="Chain 1 met a gradient that was not finite at step 0"):
         tree = bdl.to_datatree(mcmc)
     assert tree.attrs["bad_chains"] == [1]
@@ -319,3 +319,35 @@ def test_importing_the_package_loads_neither_arviz_nor_matplotlib():
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert "numpyro" in loaded
     assert not {"arviz", "arviz_base", "arviz_stats", "arviz_plots", "matplotlib"} & set(loaded)
+
+
+# ---- what a review found --------------------------------------------------------------------------------------------
+
+
+def test_observed_sites_without_a_plate():
+    def model(y):
+        mu = numpyro.sample("mu", dist.Normal(0, 1))
+        numpyro.sample("y", dist.Normal(mu, 1), obs=y)
+
+    mcmc = MCMC(bdl.SGLD(model, step_size=1e-2), num_warmup=2, num_samples=3, progress_bar=False)
+    mcmc.run(random.key(0), jnp.arange(6.0))
+    tree = bdl.to_datatree(mcmc, log_likelihood=True)
+    np.testing.assert_array_equal(tree["observed_data"]["y"].values, np.arange(6.0))
+    assert tree["log_likelihood"]["y"].shape == (1, 3, 6)
+
+
+def test_a_model_that_takes_no_rows_through_its_plate():
+    def model(x, y):
+        w = numpyro.sample("w", dist.Normal(0, 1))
+        with numpyro.plate("data", len(x)):
+            numpyro.sample("y", dist.Normal(w * x, 1), obs=y)
+
+    x = jnp.linspace(0, 1, 2000)
+    mcmc = MCMC(bdl.SGLD(model, step_size=1e-4), num_warmup=2, num_samples=3, progress_bar=False)
+    mcmc.run(random.key(0), x, x)
+    tree = bdl.to_datatree(mcmc, log_likelihood=True)
+    rows = tree["functions"]["point"].values
+    assert len(rows) == 64
+    expected = mcmc.get_samples()["w"][:, None] * x[rows]
+    np.testing.assert_allclose(tree["functions"]["y"].values[0], expected, rtol=1e-5)
+    assert tree["log_likelihood"]["y"].shape == (1, 3, 2000)

@@ -304,3 +304,54 @@ def test_the_structure_is_found_without_flops(compilations):
     del compilations[:]
     Potential(NETWORKS["linen"], (X, LABELS), {"batch_size": 20})
     assert compilations == []
+
+
+# ---- what a review found --------------------------------------------------------------------------------------------
+
+
+def test_the_jacobian_is_known_inside_a_scope():
+    def model():
+        numpyro.sample("s", dist.LogNormal(0.0, 1.0))
+        numpyro.sample("y", dist.Normal(0, 1), obs=2.0)
+
+    bare = everything(Potential(model), {"s": jnp.array(0.7)})
+    scoped = Potential(handlers.scale(handlers.scope(model, prefix="a"), scale=3.0))
+    prior, likelihood = everything(scoped, {"a/s": jnp.array(0.7)})
+    np.testing.assert_allclose(likelihood, 3 * bare.likelihood, rtol=1e-6)
+    density = -dist.LogNormal(0.0, 1.0).log_prob(np.exp(0.7))
+    np.testing.assert_allclose(prior, 3 * density - 0.7, rtol=1e-6)
+
+
+def test_rows_that_were_not_taken_are_refused():
+    def model(y, batch_size=None):
+        w = numpyro.sample("w", dist.Normal(0, 1))
+        with numpyro.plate("data", len(y), subsample_size=batch_size):
+            numpyro.sample("y", dist.Normal(w * jnp.ones(len(y)), 1), obs=y)
+
+    with pytest.raises(ValueError, match="'y' has 40 rows in plate 'data', which shows 1"):
+        Potential(model, (jnp.ones(40),), {"batch_size": 1})
+
+
+def test_weights_given_by_substitute_can_be_frozen():
+    x = X[:5]
+    module = Wide()
+    trained = module.init(random.key(3), x)["params"]
+
+    def model(x):
+        prior = {"Dense_1.kernel": dist.Normal(0, 1), "Dense_1.bias": dist.Normal(0, 1)}
+        net = random_flax_module("net", module, prior, input_shape=(3,))
+        numpyro.sample("y", dist.Normal(net(x), 1).to_event(2), obs=jnp.zeros((5, 1)))
+
+    given = handlers.substitute(model, data={"net$params": jax.tree.map(lambda w: w, trained)})
+    potential = Potential(given, (x,), frozen="net/Dense_0.*")
+    np.testing.assert_array_equal(potential.frozen["net/Dense_0.kernel"], trained["Dense_0"]["kernel"])
+    assert np.isfinite(potential.initial(KEY)[0]["net/Dense_1.kernel"]).all()
+
+
+def test_deterministic_sites_beside_mutable_collections_are_named():
+    def model(x, y):
+        numpyro.deterministic("twice", 2.0)
+        NETWORKS["linen with BatchNorm and dropout"](x, y)
+
+    with pytest.warns(UserWarning, match="deterministic sites twice are not collected"):
+        Potential(model, (X, LABELS))

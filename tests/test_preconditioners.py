@@ -97,12 +97,12 @@ def test_rms_equalizes_the_gradient_as_damping_vanishes():
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        ({"decay": 0.0}, r"preconditioners.rms: decay must lie in \(0, 1\), got 0.0"),
-        ({"decay": 1.0}, r"decay must lie in \(0, 1\), got 1.0"),
-        ({"decay": math.nan}, r"decay must lie in \(0, 1\), got nan"),
-        ({"damping": 0.0}, "preconditioners.rms: damping must be positive and finite, got 0.0"),
-        ({"damping": -1.0}, "damping must be positive and finite, got -1.0"),
-        ({"damping": math.inf}, "damping must be positive and finite, got inf"),
+        ({"decay": 0.0}, r"preconditioners.rms: decay must be a number in .*, got 0.0"),
+        ({"decay": 1.0}, r"decay must be a number in .*, got 1.0"),
+        ({"decay": math.nan}, r"decay must be a number in .*, got nan"),
+        ({"damping": 0.0}, "preconditioners.rms: damping must be a number in .*, got 0.0"),
+        ({"damping": -1.0}, "damping must be a number in .*, got -1.0"),
+        ({"damping": math.inf}, "damping must be a number in .*, got inf"),
     ],
 )
 def test_rms_refuses(arguments, text):
@@ -195,7 +195,8 @@ def test_the_state_at_the_end_of_warmup_is_that_at_the_end_of_the_run():
 
 
 def test_without_warmup_rms_stays_one():
-    state = sgld(0, 5, preconditioners.rms()).last_state.preconditioner
+    with pytest.warns(UserWarning, match="num_warmup=0"):
+        state = sgld(0, 5, preconditioners.rms()).last_state.preconditioner
     np.testing.assert_array_equal(state.diagonal["x"], 1.0)
 
 

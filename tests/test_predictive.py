@@ -229,10 +229,10 @@ def test_a_model_without_subsample_is_taken_whole(uncut):
     w = uncut.get_samples(group_by_chain=True)["w"]
     predictive = bdl.PosteriorPredictive(uncut, data_chunk=ROWS)
     assert_close(predictive.functions(X)["y"], w @ X.T)
-    # picking rows falls back on all of them
+    # rows are then picked afterwards
     functions, rows = predictive.functions_at_rows(7)
-    assert_close(functions["y"], w @ X.T)
-    np.testing.assert_array_equal(rows, np.arange(ROWS))
+    assert_close(functions["y"], (w @ X.T)[..., rows])
+    assert len(rows) == 7
 
 
 def test_a_model_without_subsample_and_many_rows_is_refused(uncut):
@@ -437,7 +437,7 @@ def test_a_run_of_nuts_is_accepted():
 
 
 def test_a_run_with_a_bad_chain_warns():
-    start = {"w": jnp.array([[0.0, 0.0], [jnp.inf, 0.0]])}
+    start = {"w": jnp.array([[0.0, 0.0], [1e30, 0.0]])}
     mcmc = sgld(without_subsample, X, TARGETS, init_params=start)
     with pytest.warns(UserWarning, match="Chain 1 met a gradient that was not finite at step 0; its draws .* are NaN"):
         predictive = bdl.PosteriorPredictive(mcmc)

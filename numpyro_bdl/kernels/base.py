@@ -4,6 +4,7 @@
 """The one abstract kernel: everything that a stochastic-gradient kernel is, but its update."""
 
 import copy
+import warnings
 from abc import abstractmethod
 from collections import namedtuple
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from numpyro.infer.mcmc import MCMCKernel
 from numpyro.util import is_prng_key
 
 from numpyro_bdl import preconditioners
-from numpyro_bdl._checks import check_choice, check_integer, check_number, named_arguments
+from numpyro_bdl._checks import check_choice, check_finite_data, check_integer, check_number, named_arguments
 from numpyro_bdl.minibatch import STREAMS, independent
 from numpyro_bdl.potential import Position, Potential
 from numpyro_bdl.preconditioners import Preconditioner
@@ -49,7 +50,7 @@ SGState = namedtuple(
  - **minibatch_energy** - energy at the last gradient, from its minibatch: a noisy number, of use as a trace.
  - **step_size** - size of the last step.
  - **temperature** - temperature of the last step.
- - **first_bad_step** - the first step whose gradient was not finite, -1 if there was none.
+ - **first_bad_step** - the first step whose energy or gradient was not finite, -1 if there was none.
  - **batch_key** - key of the index streams; a run does not change it.
  - **rng_key** - key of everything else.
 """
@@ -131,7 +132,7 @@ class StochasticGradientKernel(MCMCKernel):
         check_choice(owner, "minibatch", minibatch, STREAMS)
         check_integer(owner, "batch_seed", batch_seed, least=0)
         self._model = model
-        self._schedule = as_schedule(step_size, steps_per_draw)
+        self._schedule = as_schedule(step_size, steps_per_draw, owner)
         self._temperature = temperature
         self._preconditioner = preconditioners.identity() if preconditioner is None else preconditioner
         self._minibatch = minibatch
@@ -172,18 +173,23 @@ class StochasticGradientKernel(MCMCKernel):
 
         adapted = state.preconditioner
         if self._preconditioner.adapts:
-            warming_up = i < self._warmup_steps
-            adapted = lax.cond(warming_up, self._preconditioner.update, lambda s, g: s, adapted, gradient)
+            adapted = lax.cond(
+                i < self._warmup_steps,
+                lambda s: like(self._preconditioner.update(s, gradient), s),
+                lambda s: s,
+                adapted,
+            )
 
         def another_gradient(z):
-            more_rows = self._rows(independent, key_another, jnp.int32(0))
-            return self.potential.gradient(z, more_rows, key_model, state.mutable, args, kwargs)[1]
+            key_rows, key_again = random.split(key_another)
+            more_rows = self._rows(independent, key_rows, jnp.int32(0))
+            return self.potential.gradient(z, more_rows, key_again, state.mutable, args, kwargs)[1]
 
         size, temperature = self._step_size(i), self._temperature_at(i)
         diagonal = self._preconditioner.diagonal(adapted, state.z)
         step = Step(i, size, temperature, diagonal, key_noise, another_gradient)
-        bad = ~jnp.stack([jnp.isfinite(g).all() for g in jax.tree.leaves(gradient)]).all()
-        return state._replace(
+        bad = ~jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves((energy, gradient))]).all()
+        moved = state._replace(
             i=i + 1,
             mutable=mutable,
             preconditioner=adapted,
@@ -194,6 +200,7 @@ class StochasticGradientKernel(MCMCKernel):
             rng_key=rng_key,
             **self._update(state, gradient, step),
         )
+        return like(moved, state)
 
     def _step_size(self, i: Array) -> Array:
         return jnp.asarray(self._schedule(i), self._dtype)
@@ -225,6 +232,10 @@ class StochasticGradientKernel(MCMCKernel):
         model_kwargs = {} if model_kwargs is None else model_kwargs
         self._prepare(model_args, model_kwargs)
         self._warmup_steps = self._schedule.steps_until(num_warmup)
+        if self._preconditioner.adapts and not num_warmup:
+            warnings.warn(
+                "The preconditioner adapts in warm-up, and num_warmup=0: it stays the identity.", stacklevel=2
+            )
         batched = not is_prng_key(rng_key)
         init_params = {} if init_params is None else init_params
         self._check_init_params(init_params, (rng_key.shape[0],) if batched else ())
@@ -324,6 +335,8 @@ class StochasticGradientKernel(MCMCKernel):
         self._sample_fn = self.sample
 
     def _check_init_params(self, init_params: Position, batch: tuple[int, ...]) -> None:
+        if not isinstance(init_params, dict):
+            raise TypeError(f"init_params must be a dict from sites to arrays, got {type(init_params).__name__}.")
         for name, value in init_params.items():
             if name not in self._shapes:
                 raise ValueError(
@@ -337,6 +350,7 @@ class StochasticGradientKernel(MCMCKernel):
                     f"init_params['{name}'] must have shape {expected}{chains} (in unconstrained space),"
                     f" got {jnp.shape(value)}."
                 )
+        check_finite_data({"init_params": init_params}, "")
 
     def _check_traced_arguments(self, args: tuple, kwargs: dict) -> None:
         now = named_arguments(self._model, args, kwargs)
@@ -360,6 +374,11 @@ class StochasticGradientKernel(MCMCKernel):
         state = self.__dict__.copy()
         state |= {"_potential": None, "_sample_fn": None, "_starts": ()}
         return state
+
+
+def like(new: Any, old: Any) -> Any:
+    """A tree with the dtypes of another: with x64 on, a float64 number would else promote float32 parameters."""
+    return jax.tree.map(lambda n, o: n if n.dtype == o.dtype else n.astype(o.dtype), new, old)
 
 
 def _same(one: Any, other: Any) -> bool:

@@ -257,7 +257,7 @@ class FlatBasinSGLD(StochasticGradientKernel):
         if largest >= bound:
             raise ValueError(
                 f"FlatBasinSGLD: with coupling={self._coupling!r} the largest step, {largest:g}, must stay below"
-                f" {bound:g} (eta = {self.eta:g}), or the coupling alone diverges"
+                f" {bound:g} (eta = {self.eta:g}), or the coupling can diverge"
                 + (
                     ". Along curvature h the joint update needs a < 2 / lmax, lmax = (h + 2/eta + sqrt(h^2 + 4/eta^2))"
                     " / 2 (times 1 + momentum)"

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from numpyro_bdl._checks import check_number
-from numpyro_bdl.kernels.base import SGState, StochasticGradientKernel
+from numpyro_bdl.kernels.base import SGState, StochasticGradientKernel, like
 from numpyro_bdl.noise import normal
 
 SGHMCState = namedtuple("SGHMCState", [*SGState._fields, "momentum", "gradient_noise", "excess_noise"])
@@ -144,12 +144,13 @@ class SGHMC(StochasticGradientKernel):
 
         def average():
             weight = jnp.maximum(1 / (step.i + 1), 0.01).astype(self._dtype)
-            return jax.tree.map(
+            variance = jax.tree.map(
                 lambda v, g, other: v + weight * ((g - other) ** 2 / 2 - v),
                 state.gradient_noise,
                 gradient,
                 step.another_gradient(state.z),
             )
+            return like(variance, state.gradient_noise)
 
         return lax.cond(step.i < self._warmup_steps, average, lambda: state.gradient_noise)
 
