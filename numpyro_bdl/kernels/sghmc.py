@@ -98,7 +98,6 @@ class SGHMC(StochasticGradientKernel):
     """
 
     State = SGHMCState
-    parameter_fields = ("momentum",)
 
     def __init__(self, model, *, momentum: float = 0.9, noise_correction: bool = False, **kwargs):
         super().__init__(model, **kwargs)
@@ -110,6 +109,7 @@ class SGHMC(StochasticGradientKernel):
             )
         self._friction = 1 - momentum
         self._noise_correction = bool(noise_correction)
+        self.parameter_fields = ("momentum", *(("gradient_noise",) if noise_correction else ()))
 
     @property
     def default_fields(self):
