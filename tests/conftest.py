@@ -1,19 +1,17 @@
 # Copyright Contributors to the numpyro_bdl project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Two host devices for parallel chains, a cache of compiled programs that the workers share, and fixtures."""
+"""Two host devices for parallel chains, and fixtures.
+
+JAX's persistent compilation cache is left off: writing to it now and then crashed a worker (jax 0.12, CPU).
+"""
 
 import os
-from pathlib import Path
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2"
 os.environ.setdefault("MPLBACKEND", "Agg")
 
-import jax
 import pytest
-
-jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parent.parent / ".pytest_cache" / "jax"))
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
 @pytest.fixture

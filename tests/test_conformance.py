@@ -256,7 +256,7 @@ def test_cyclical_schedule_preconditioner_and_temperature_together(kernel):
 @every_kernel
 def test_shared_minibatches_are_the_same_under_every_chain_method(kernel):
     def draws(method, **kwargs):
-        made = kernel.make(NETWORKS["linen"], step_size=1e-4, minibatch="epoch", **kwargs)
+        made = kernel.make(NETWORKS["linen"], step_size=1e-4, **kwargs)
         return run(made, X, LABELS, batch_size=20, chain_method=method).get_samples(group_by_chain=True)
 
     shared, sequential = (draws(m, share_batch=True)["net/Dense_0.bias"] for m in ("vectorized", "sequential"))

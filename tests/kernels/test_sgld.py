@@ -49,10 +49,10 @@ def test_a_temperature_schedule_ends_in_the_law_of_its_end():
 
 def test_epoch_minibatches_are_closer_to_the_target_than_independent_ones():
     def variance(minibatch):
-        kernel = bdl.SGLD(TARGET.model, step_size=0.1, minibatch=minibatch)
+        kernel = bdl.SGLD(TARGET.model, step_size=0.1, temperature=0.1, minibatch=minibatch)
         return np.trace(np.cov(np.asarray(last_states(kernel, TARGET.y, steps=160, batch_size=1).z["w"]).T))
 
     full, epoch, independent = (variance(m) for m in ("full", "epoch", "independent"))
-    standard_error = full * np.sqrt(2 / 10_000)
-    assert abs(full - np.trace(exact.sgld(TARGET.curvature, 0.1))) < 4 * standard_error
+    standard_error = independent * np.sqrt(2 / 10_000)
+    assert abs(full - np.trace(exact.sgld(TARGET.curvature, 0.1, T=0.1))) < 4 * standard_error
     assert epoch < independent - 4 * np.sqrt(2) * standard_error
