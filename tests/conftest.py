@@ -3,7 +3,7 @@
 
 """Two host devices for parallel chains, and fixtures.
 
-JAX's persistent compilation cache is left off: writing to it now and then crashed a worker (jax 0.12, CPU).
+JAX's persistent compilation cache is left off: writing to it and reading from it each crashed a worker (jax 0.12, CPU).
 """
 
 import os
