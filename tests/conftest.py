@@ -1,17 +1,31 @@
 # Copyright Contributors to the numpyro_bdl project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Two host devices for parallel chains, and fixtures.
+"""Two host devices for parallel chains, a cache of compiled programs that the workers share, and fixtures."""
 
-JAX's persistent compilation cache is left off: writing to it and reading from it each crashed a worker (jax 0.12, CPU).
-"""
-
+import gc
 import os
+from pathlib import Path
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2"
 os.environ.setdefault("MPLBACKEND", "Agg")
 
+import jax
 import pytest
+
+jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parent.parent / ".pytest_cache" / "jax"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+MEMORY_MAPS = Path("/proc/self/maps")
+
+
+@pytest.fixture(autouse=True)
+def few_memory_maps():
+    """Forget compiled programs in time: each holds memory maps; past the 65530 that Linux grants, XLA crashes."""
+    yield
+    if MEMORY_MAPS.exists() and MEMORY_MAPS.read_text().count("\n") > 20_000:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture
