@@ -1,0 +1,131 @@
+# Copyright Contributors to the numpyro_bdl project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""What a model tells of itself when it is evaluated: constant priors, its output layer, layers without a scale."""
+
+from functools import wraps
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro.distributions as dist
+from jax import random
+
+from numpyro_bdl.natural_parameter import natural_parameter
+from numpyro_bdl.potential import Position, Potential
+
+
+def _evaluated(probe):
+    """Numbers, not tracers, also inside of a program that is being traced (chains in parallel)."""
+
+    @wraps(probe)
+    def evaluated(*args):
+        with jax.ensure_compile_time_eval():
+            return probe(*args)
+
+    return evaluated
+
+
+@_evaluated
+def normal_scales(potential: Potential) -> dict[str, float | str]:
+    """The scale of every latent site whose prior is a centred normal law with one constant scale.
+
+    Whether location and scale are constants is seen by running the model from two keys.
+
+    :return: The scale by site; for any other site, in words, what its prior is instead.
+    """
+    words: dict[str, str] = {}
+
+    def read(key):
+        found = {}
+        for name, site in potential.first_trace(key).items():
+            if name not in potential.latent:
+                continue
+            base = site["fn"]
+            while isinstance(base, (dist.Independent, dist.ExpandedDistribution)):
+                base = base.base_dist
+            if type(base) is dist.Normal:
+                found[name] = base.loc, base.scale, 1.0 if site["scale"] is None else site["scale"]
+            else:
+                words[name] = f"of the family {type(base).__name__}"
+        return found
+
+    run = jax.jit(read)
+    one, other = (jax.tree.map(np.asarray, run(random.key(n))) for n in range(2))
+    result: dict[str, float | str] = dict(words)
+    for name, (loc, scale, factor) in one.items():
+        if not all(np.array_equal(a, b) for a, b in zip(one[name], other[name], strict=True)):
+            result[name] = "a Normal whose location or scale depends on other latent sites"
+        elif np.any(loc != 0):
+            result[name] = "a Normal with a location other than 0"
+        elif np.any(factor != 1):
+            result[name] = "a Normal scaled by handlers.scale"
+        elif np.any(scale != scale.flat[0]):
+            result[name] = "a Normal whose scale differs between its entries"
+        else:
+            result[name] = float(scale.flat[0])
+    return {name: result[name] for name in potential.latent}
+
+
+def _rows(potential: Potential) -> dict[str, Any]:
+    return {name: jnp.arange(plate.subsample_size) for name, plate in potential.subsampled.items()}
+
+
+def _start(potential: Potential, n: int = 0) -> tuple[Position, dict]:
+    """A first position, moved so that no parameter is at a special value, such as biases of zero."""
+    z, mutable = potential.initial(random.key(n))
+    keys = dict(zip(z, random.split(random.key(n + 1), len(z)), strict=True))
+    return {name: w + 0.1 * random.normal(keys[name], w.shape, w.dtype) for name, w in z.items()}, mutable
+
+
+@_evaluated
+def output_sites(potential: Potential) -> frozenset[str]:
+    """Parameters of networks in which the function of the model is affine: those of the output layer.
+
+    :raises ValueError: if an observed site has no natural parameter that is known.
+    """
+    z, mutable = _start(potential)
+    rows = _rows(potential)
+
+    @jax.jit
+    def function(z):
+        values = potential.constrain(z, potential.args, potential.kwargs)
+        sites = potential.run(values, rows, random.key(2), mutable, potential.args, potential.kwargs)
+        return jnp.concatenate([natural_parameter(name, sites[name]).ravel() for name in potential.observed])
+
+    found = set()
+    f0 = function(z)
+    for n, name in enumerate(potential.network):
+        direction = jnp.std(z[name]) * random.normal(random.key(n), z[name].shape, z[name].dtype)
+        f1, f2 = (function(z | {name: z[name] + step * direction}) for step in (1, 2))
+        bend, size = jnp.max(jnp.abs(f2 - 2 * f1 + f0)), jnp.max(jnp.abs(f2 - f0))
+        if bend <= 1e-3 * size:
+            found.add(name)
+    return frozenset(found)
+
+
+@_evaluated
+def sites_without_scale(potential: Potential, names: tuple[str, ...]) -> frozenset[str]:
+    """Those of the named parameters whose layer can be doubled without a change of the likelihood (as by BatchNorm).
+
+    The change is compared with that by turning the layer's weights over, at several positions.
+    """
+    rows = _rows(potential)
+
+    @jax.jit
+    def energy(z, mutable):
+        energies, _ = potential.energies(z, rows, random.key(2), mutable, potential.args, potential.kwargs)
+        return energies.likelihood
+
+    def without_scale(name, z, mutable):
+        network, path = potential.network[name]
+        layer = [k for k, (owner, other) in potential.network.items() if (owner, other[:-1]) == (network, path[:-1])]
+        before = energy(z, mutable)
+        change = abs(energy(z | {k: 2 * z[k] for k in layer}, mutable) - before)
+        turned = abs(energy(z | {k: -z[k][::-1] for k in layer}, mutable) - before)
+        return change < 1e-2 * turned
+
+    starts = [_start(potential, n) for n in range(3)]
+    candidates = [name for name in names if name in potential.network]
+    return frozenset(name for name in candidates if all(without_scale(name, *start) for start in starts))
