@@ -39,6 +39,8 @@ def to_datatree(
       output). R-hat and ESS of weights mean nothing under the symmetries of a network; of these they do;
     - ``sample_stats``: step size, temperature, minibatch energy and other collected scalars;
     - ``anchor``: the anchor, constrained, if the kernel collected one;
+    - ``inclusion``, ``inclusion_rate`` and ``mask``, of :class:`~numpyro_bdl.SpikeSlabSGHMC`: inclusion probabilities
+      (chain, draw, group), the rate (chain) and what was kept (chain, group) by site;
     - ``observed_data``: all rows, never a minibatch;
     - ``log_likelihood``, ``posterior_predictive``: on request, at the rows of the run.
 
@@ -84,7 +86,7 @@ def to_datatree(
     hidden = () if weights else potential.network
     stats = mcmc.get_extra_fields(group_by_chain=True)
 
-    groups: dict[str, tuple[dict, dict, dict]] = {}
+    groups: dict[str, tuple] = {}
     groups["posterior"] = ({k: v for k, v in positions(mcmc).items() if k not in hidden}, {}, {})
     if "z_anchor" in stats:
         groups["anchor"] = ({k: v for k, v in anchors(mcmc, potential).items() if k not in hidden}, {}, {})
@@ -95,6 +97,12 @@ def to_datatree(
     if posterior_predictive:
         draws = predictive.sample(random.key(0) if rng_key is None else rng_key, **model_kwargs)
         groups["posterior_predictive"] = (draws, *_row_dims(predictive))
+
+    if hasattr(mcmc.sampler, "_tree_groups"):
+        groups |= {
+            name: ({k: v for k, v in data.items() if k not in hidden}, *rest)
+            for name, (data, *rest) in mcmc.sampler._tree_groups(mcmc).items()
+        }
 
     datasets = {name: _dataset(*group) for name, group in groups.items() if group[0]}
     observed = predictive.observed_data()
@@ -138,6 +146,9 @@ def _dataset(data: dict, dims: dict, coords: dict, sample_dims: list[str] | None
 
     data = {name.replace("/", "."): np.asarray(value) for name, value in data.items()}
     dims = {name.replace("/", "."): [dim.replace("/", ".") for dim in names] for name, names in dims.items()}
+    used = {dim for name in data for dim in dims.get(name, ())}
+    coords = {name.replace("/", "."): values for name, values in coords.items()}
+    coords = {name: values for name, values in coords.items() if name in used}
     return dict_to_dataset(data, dims=dims, coords=coords, sample_dims=sample_dims)
 
 

@@ -14,9 +14,11 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 from jaxtyping import PyTree
 
 from numpyro_bdl._checks import check_number
+from numpyro_bdl.noise import normal
 
 
 class Preconditioner(Protocol):
@@ -28,8 +30,8 @@ class Preconditioner(Protocol):
     def init(self, z: PyTree) -> Any:
         """Position to state."""
 
-    def update(self, state: Any, gradient: PyTree) -> Any:
-        """State and gradient to the next state."""
+    def update(self, state: Any, gradient: PyTree, key: Array) -> Any:
+        """State, gradient and key of the step's noise, ``normal(key, z)``, to the next state."""
 
     def diagonal(self, state: Any, z: PyTree) -> PyTree:
         """State and position to P: a tree like the position, of positive arrays or of the number 1."""
@@ -42,7 +44,7 @@ class _Identity:
     def init(self, z):
         return ()
 
-    def update(self, state, gradient):
+    def update(self, state, gradient, key):
         return state
 
     def diagonal(self, state, z):
@@ -77,7 +79,7 @@ class _Fixed:
             )
         return jnp.broadcast_to(jnp.asarray(p, w.dtype), w.shape)
 
-    def update(self, state, gradient):
+    def update(self, state, gradient, key):
         return state
 
     def diagonal(self, state, z):
@@ -118,7 +120,7 @@ class _RMS:
         ones = jax.tree.map(jnp.ones_like, z)
         return RMSState(jax.tree.map(jnp.zeros_like, z), ones)
 
-    def update(self, state, gradient):
+    def update(self, state, gradient, key):
         second_moment = jax.tree.map(
             lambda v, g: self.decay * v + (1 - self.decay) * g**2, state.second_moment, gradient
         )
@@ -157,3 +159,62 @@ def rms(decay: float = 0.99, damping: float = 0.1) -> Preconditioner:
     check_number("preconditioners.rms", "decay", decay, high=1)
     check_number("preconditioners.rms", "damping", damping)
     return _RMS(decay, damping)
+
+
+class MirrorState(NamedTuple):
+    """State of :func:`mirror`."""
+
+    dual: PyTree
+    """rho = logit P, like the position"""
+    noise: PyTree
+    """standard normal noise of the last step, like the position"""
+
+
+@dataclass(frozen=True)
+class _Mirror:
+    rate: float
+    spread: float
+    adapts: ClassVar[bool] = True
+
+    def init(self, z):
+        zeros = jax.tree.map(jnp.zeros_like, z)
+        return MirrorState(zeros, zeros)
+
+    def update(self, state, gradient, key):
+        dual = jax.tree.map(
+            lambda rho, xi, g: rho - self.rate * (self.spread * xi * g - 1 / jax.nn.sigmoid(rho)),
+            state.dual,
+            state.noise,
+            gradient,
+        )
+        return MirrorState(dual, normal(key, gradient))
+
+    def diagonal(self, state, z):
+        return jax.tree.map(jax.nn.sigmoid, state.dual)
+
+
+def mirror(rate: float = 1e-3, spread: float = 1e-3) -> Preconditioner:
+    r"""Mirror descent on P in (0, 1), as in the adaptive variational algorithm of Ke and Fan.
+
+    .. math::
+
+        \rho \leftarrow \rho - r \Bigl( s \, \xi \, g - \frac{1}{P} \Bigr), \qquad P = \operatorname{sigmoid}(\rho)
+
+    with :math:`\xi` the noise of the step before and g the gradient of the full-data energy. It starts at P = 1/2.
+    If the position is spread by :math:`s P \xi`, the mean of :math:`\xi g` is s P times the curvature h, and the
+    fixed point is the inverse root of the curvature, :math:`P = 1 / (s \sqrt h)`, or 1 if that is larger.
+
+    With the rates of the paper's code that fixed point is never reached: the term 1 / P dominates, and
+    :math:`P_t = 1 - e^{-r t} / 2` for every coordinate, whatever the data. In its symbols (step l on the mean loss, N
+    rows, scale T) r is eta / N and s is :math:`T l^{3/4}`. Prefer :func:`rms`.
+
+    :param rate: r, the step of the dual variable.
+    :param spread: s, the standard deviation of the position for P = 1, in units of the weights.
+    :raises ValueError: if an argument is not positive.
+
+    **References:** Ke and Fan, *On the optimization and pruning for Bayesian deep learning*, 2022 (arXiv 2210.12957);
+    the equation is that of its published code.
+    """
+    check_number("preconditioners.mirror", "rate", rate)
+    check_number("preconditioners.mirror", "spread", spread)
+    return _Mirror(rate, spread)

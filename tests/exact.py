@@ -8,6 +8,8 @@ covariance Q, and its stationary covariance solves C = F C F' + Q. F and Q are w
 from the code. P is a vector (the diagonal of the preconditioner).
 """
 
+import itertools
+
 import numpy as np
 from scipy.linalg import solve_discrete_lyapunov
 
@@ -78,6 +80,27 @@ def averaged(A, a, tau, T=1.0, P=None, V=None):
     F = np.block([[step, 0 * eye], [step / tau, (1 - 1 / tau) * eye]])
     G = np.vstack([eye, eye / tau])
     return solve_discrete_lyapunov(F, G @ S @ G.T)
+
+
+def spike_slab_regression(x, y, slab, spike, theta, groups):
+    """Inclusion probabilities of groups and means of coefficients, by a sum over all 2^G models, at noise variance 1.
+
+    :param groups: The group of each column of x.
+    """
+    count = max(groups) + 1
+    indicators, log_weights, means = [], [], []
+    for indicator in itertools.product([0, 1], repeat=count):
+        variance = np.where(np.array(indicator)[groups], slab, spike)
+        C = (x * variance) @ x.T + np.eye(len(y))
+        solved = np.linalg.solve(C, y)
+        included = sum(indicator)
+        prior = included * np.log(theta) + (count - included) * np.log(1 - theta)
+        log_weights.append(prior - (np.linalg.slogdet(C)[1] + y @ solved) / 2)
+        indicators.append(indicator)
+        means.append(variance * (x.T @ solved))
+    weights = np.exp(np.array(log_weights) - max(log_weights))
+    weights /= weights.sum()
+    return weights @ np.array(indicators), weights @ np.array(means)
 
 
 def _prepare(A, P, V):

@@ -36,6 +36,16 @@ class Enrolled(NamedTuple):
     chain_methods: tuple = ALL_METHODS
 
 
+def spike_slab(model, **kwargs):
+    """A spike of next to no weight, so that the target is the model's own posterior."""
+    sites = model.__code__.co_consts if hasattr(model, "__code__") else ()
+    groups = {"w": "unstructured"} if "w" in sites else None
+    return bdl.SpikeSlabSGHMC(model, groups=groups, momentum=0.5, inclusion=1 - 1e-6, spike_variance=0.5, **kwargs)
+
+
+# a temperature other than 1, which some tests set
+pytestmark = pytest.mark.filterwarnings("ignore:SpikeSlabSGHMC. at temperature")
+
 KERNELS = {
     "SGLD": Enrolled(bdl.SGLD),
     "SGHMC": Enrolled(partial(bdl.SGHMC, momentum=0.5)),
@@ -45,6 +55,7 @@ KERNELS = {
     "FlatBasinSGLD, gibbs": Enrolled(partial(bdl.FlatBasinSGLD, eta=0.1, coupling="gibbs")),
     "FlatBasinSGLD, momentum": Enrolled(partial(bdl.FlatBasinSGLD, eta=0.1, coupling="euler", momentum=0.5)),
     "PerturbedSGLD": Enrolled(partial(bdl.PerturbedSGLD, sigma=0.01), samples=False),
+    "SpikeSlabSGHMC": Enrolled(spike_slab),
     "AveragedSGLD": Enrolled(partial(bdl.AveragedSGLD, anchor_steps=10)),
 }
 every_kernel = pytest.mark.parametrize("kernel", KERNELS.values(), ids=KERNELS)
@@ -121,6 +132,7 @@ def test_constrained_sites_against_their_exact_law(kernel):
         numpyro.sample("half", dist.HalfNormal(2.0))
         numpyro.sample("log", dist.LogNormal(0.5, 0.7))
         numpyro.sample("interval", dist.Uniform(-1.0, 3.0))
+        numpyro.sample("w", dist.Normal(0.0, 1.0))
 
     made = kernel.make(model, step_size=0.02, steps_per_draw=50)
     mcmc = run(made, num_warmup=20, num_samples=1, num_chains=3000)
@@ -128,6 +140,7 @@ def test_constrained_sites_against_their_exact_law(kernel):
         "half": stats.halfnorm(scale=2),
         "log": stats.lognorm(0.7, scale=np.exp(0.5)),
         "interval": stats.uniform(-1, 4),
+        "w": stats.norm(),
     }.items():
         draws = np.asarray(mcmc.get_samples()[name], float)
         assert stats.kstest(draws, law.cdf).pvalue > 6e-5, name  # 4 standard errors

@@ -16,6 +16,7 @@ from numpyro.infer import MCMC
 
 import numpyro_bdl as bdl
 from numpyro_bdl import preconditioners
+from numpyro_bdl.noise import normal
 
 Z = {"a": jnp.zeros((2, 3)), "b": jnp.zeros(())}
 
@@ -33,7 +34,7 @@ def gradients(count, seed=0):
 def adapted(preconditioner, updates):
     state = preconditioner.init(Z)
     for gradient in updates:
-        state = preconditioner.update(state, gradient)
+        state = preconditioner.update(state, gradient, random.key(0))
     return preconditioner.diagonal(state, Z)
 
 
@@ -215,3 +216,56 @@ def test_a_step_is_taken_in_the_metric():
     expected = start - 1e-3 * diagonal * start / np.array([0.1, 1.0, 10.0]) ** 2
     np.testing.assert_allclose(moved, expected, rtol=1e-6)
     np.testing.assert_array_equal(state.preconditioner["x"], diagonal)
+
+
+# ---- mirror -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("rows", "steps", "expected"), [(10_240, 33_000, 0.63775), (50_000, 156_400, 0.63430)])
+def test_mirror_drifts_to_one_at_the_rate_of_the_paper_whatever_the_data(rows, steps, expected):
+    """eta = .1: P = 1 - exp(-eta t / N) / 2, here in a hundredth of the steps at a hundred times the rate."""
+    preconditioner = preconditioners.mirror(rate=100 * 0.1 / rows, spread=1e-9)
+    z = jnp.zeros(3)
+
+    @jax.jit
+    def run(state):
+        body = lambda i, s: preconditioner.update(s, jnp.array([1e-3, 1.0, 1e3]), random.fold_in(random.key(0), i))
+        return jax.lax.fori_loop(0, steps // 100, body, state)
+
+    diagonal = preconditioner.diagonal(run(preconditioner.init(z)), z)
+    np.testing.assert_allclose(diagonal, 1 - np.exp(-0.1 * steps / rows) / 2, atol=2e-4)
+    np.testing.assert_allclose(diagonal, expected, atol=3e-4)
+
+
+def test_mirror_finds_the_inverse_root_of_the_curvature():
+    """Where the position is spread by s P xi, the gradient is h s P xi."""
+    spread, curvature = 0.1, jnp.array([400.0, 2_500.0, 10_000.0, 1.0])
+    preconditioner = preconditioners.mirror(rate=2e-3, spread=spread)
+
+    @jax.jit
+    def run(state):
+        def body(i, s):
+            gradient = curvature * spread * preconditioner.diagonal(s, None) * s.noise
+            return preconditioner.update(s, gradient, random.fold_in(random.key(0), i))
+
+        return jax.lax.fori_loop(0, 20_000, body, state)
+
+    diagonal = preconditioner.diagonal(run(preconditioner.init(jnp.zeros(4))), None)
+    np.testing.assert_allclose(diagonal, [0.5, 0.2, 0.1, 1.0], rtol=0.15)
+
+
+def test_mirror_uses_the_noise_of_the_step_before():
+    preconditioner = preconditioners.mirror(rate=0.1, spread=1.0)
+    z = {"a": jnp.zeros(2)}
+    state = preconditioner.update(preconditioner.init(z), {"a": jnp.ones(2)}, random.key(5))
+    np.testing.assert_array_equal(state.noise["a"], normal(random.key(5), z)["a"])
+    np.testing.assert_allclose(state.dual["a"], 0.1 * 2)  # no noise yet: only 1 / P
+    after = preconditioner.update(state, {"a": jnp.array([3.0, -2.0])}, random.key(6))
+    expected = 0.2 - 0.1 * (np.asarray(state.noise["a"]) * [3.0, -2.0] - 1 / (1 / (1 + np.exp(-0.2))))
+    np.testing.assert_allclose(after.dual["a"], expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("arguments", [{"rate": 0.0}, {"spread": -1.0}])
+def test_mirror_refuses(arguments):
+    with pytest.raises(ValueError, match="preconditioners.mirror: (rate|spread) must be a number"):
+        preconditioners.mirror(**arguments)

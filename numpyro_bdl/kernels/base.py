@@ -78,8 +78,10 @@ class StochasticGradientKernel(MCMCKernel):
 
     The base finds the energy, chooses the rows, takes the gradient, schedules step and temperature, adapts the
     preconditioner, carries mutable collections and keeps watch over bad gradients. A kernel says what its state holds
-    besides, in :meth:`_init_fields`, and how a gradient moves it, in :meth:`_update`; where the gradient is taken it
-    may say in :meth:`_gradient_point`. Kernels are final: none overrides what another defines.
+    besides, in :meth:`_init_fields`, and how a gradient moves it, in :meth:`_update`. It may also say where the
+    gradient is taken (:meth:`_gradient_point`), add terms to the energy (:meth:`_own_gradient`), study the model
+    (:meth:`_meet_model`), refuse a run (:meth:`_begin_run`) and add groups to a DataTree (:meth:`_tree_groups`).
+    Kernels are final: none overrides what another defines.
 
     One draw is ``steps_per_draw`` gradient steps, compiled as one loop; ``num_warmup``, ``num_samples`` and
     ``thinning`` of :class:`~numpyro.infer.mcmc.MCMC` count draws. The target is :math:`\exp(-U(z) / T)`.
@@ -152,6 +154,20 @@ class StochasticGradientKernel(MCMCKernel):
         """Where the gradient of the step is taken."""
         return state.z
 
+    def _own_gradient(self, state, gradient: Position, i: Array) -> Position:
+        """The gradient with that of the terms which the kernel adds to the energy."""
+        return gradient
+
+    def _meet_model(self, potential: Potential) -> None:
+        """What the kernel has to learn of the model, or to refuse in it, before a run."""
+
+    def _begin_run(self, num_warmup: int) -> None:
+        """What the kernel has to check before a run of so many draws of warm-up."""
+
+    def _tree_groups(self, mcmc) -> dict[str, tuple[dict, dict, dict, list[str]]]:
+        """Groups of a DataTree besides those of all kernels: values, dims, coords and sample dims by name."""
+        return {}
+
     @abstractmethod
     def _update(self, state, gradient: Position, step: Step) -> dict[str, Any]:
         """The state fields that the step changes, ``z`` among them."""
@@ -170,12 +186,13 @@ class StochasticGradientKernel(MCMCKernel):
         rows = self._rows(STREAMS[self._minibatch], batch_key, i)
         point = self._gradient_point(state, key_noise)
         energy, gradient, mutable = self.potential.gradient(point, rows, key_model, state.mutable, args, kwargs)
+        gradient = self._own_gradient(state, gradient, i)
 
         adapted = state.preconditioner
         if self._preconditioner.adapts:
             adapted = lax.cond(
                 i < self._warmup_steps,
-                lambda s: like(self._preconditioner.update(s, gradient), s),
+                lambda s: like(self._preconditioner.update(s, gradient, key_noise), s),
                 lambda s: s,
                 adapted,
             )
@@ -232,6 +249,7 @@ class StochasticGradientKernel(MCMCKernel):
         model_kwargs = {} if model_kwargs is None else model_kwargs
         self._prepare(model_args, model_kwargs)
         self._warmup_steps = self._schedule.steps_until(num_warmup)
+        self._begin_run(num_warmup)
         if self._preconditioner.adapts and not num_warmup:
             warnings.warn(
                 "The preconditioner adapts in warm-up, and num_warmup=0: it stays the identity.", stacklevel=2
@@ -330,6 +348,7 @@ class StochasticGradientKernel(MCMCKernel):
             )
         self._shapes = jax.eval_shape(potential.initial, random.key(0))[0]
         self._dtype = jnp.result_type(*self._shapes.values())
+        self._meet_model(potential)
         self._potential = potential
         self._starts = jax.jit(self._init_chain), jax.jit(jax.vmap(self._init_chain))
         self._sample_fn = self.sample

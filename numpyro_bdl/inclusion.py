@@ -1,0 +1,187 @@
+# Copyright Contributors to the numpyro_bdl project.
+# SPDX-License-Identifier: Apache-2.0
+
+r"""Spike and slab on groups of weights: E-step, M-step, and what a run says about inclusion.
+
+A group g of m weights has the prior :math:`\theta N(0, s_1 I) + (1 - \theta) N(0, s_0 I)`, :math:`s_0 < s_1`. Then
+
+.. math::
+
+    \operatorname{logit} p_g &= \operatorname{logit} \theta + \frac m2 \log \frac{s_0}{s_1}
+        + \frac{\|w_g\|^2}{2} \Bigl(\frac{1}{s_0} - \frac{1}{s_1}\Bigr) \\
+    - \nabla \log p(w_g) &= \Bigl(\frac{p_g}{s_1} + \frac{1 - p_g}{s_0}\Bigr) w_g
+
+the latter exactly, if p is that of the current weights.
+"""
+
+import warnings
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro.distributions as dist
+from jax import Array
+
+from numpyro_bdl import pruning
+from numpyro_bdl._checks import check_number
+from numpyro_bdl.weight_groups import WeightGroups
+
+RATE_BOUNDS = (1e-4, 1 - 1e-4)
+"""Where a learned inclusion rate is kept."""
+
+
+class SpikeSlab(NamedTuple):
+    """The prior of one site."""
+
+    groups: WeightGroups
+    slab: float
+    """slab variance s1"""
+    spike: float
+    """spike variance s0"""
+    model: float
+    """variance of the model's own normal prior, which this one replaces"""
+
+    def logit(self, square: Array, rate: Array, widening: float | Array = 1.0) -> Array:
+        """Logit of the inclusion probability of each group.
+
+        :param square: Squared norm by group, with any leading batch axes.
+        :param rate: Prior probability of inclusion.
+        :param widening: Factor of the spike variance.
+        """
+        spike = self.spike * widening
+        size = jnp.asarray(self.groups.size, square.dtype)
+        odds = jnp.log(rate) - jnp.log1p(-rate)
+        return odds + (size * jnp.log(spike / self.slab) + square * (1 / spike - 1 / self.slab)) / 2
+
+    def gradient(self, z: Array, inclusion: Array, widening: float | Array = 1.0) -> Array:
+        """Gradient of the prior's energy, less that of the model's own prior.
+
+        :param z: The weights of the site.
+        :param inclusion: p by group.
+        :param widening: Factor of the spike variance.
+        """
+        p = self.groups.spread(inclusion)
+        return (p / self.slab + (1 - p) / (self.spike * widening) - 1 / self.model) * z
+
+
+class InclusionRate(NamedTuple):
+    r"""The prior probability of inclusion, :math:`\theta`: fixed, or learned under a Beta."""
+
+    first: float
+    beta: tuple[float, float] | None
+
+    @classmethod
+    def of(cls, owner: str, inclusion: float | dist.Distribution) -> "InclusionRate":
+        """From a number or a Beta.
+
+        :raises ValueError: for a number outside (0, 1), or a Beta without a mode.
+        :raises TypeError: for another distribution.
+        """
+        if isinstance(inclusion, dist.Beta):
+            alpha, beta = (np.asarray(x) for x in (inclusion.concentration1, inclusion.concentration0))
+            if alpha.ndim or beta.ndim or min(alpha, beta) < 1:
+                raise ValueError(
+                    f"{owner}: inclusion must be a Beta with two numbers of at least 1, so that it has a mode; got"
+                    f" Beta({alpha}, {beta})."
+                )
+            return cls(0.5, (float(alpha), float(beta)))
+        if isinstance(inclusion, dist.Distribution):
+            raise TypeError(f"{owner}: inclusion must be a number in (0, 1) or a Beta, got {type(inclusion).__name__}.")
+        check_number(owner, "inclusion", inclusion, high=1)
+        return cls(float(inclusion), None)
+
+    def m_step(self, inclusion: Array) -> Array:
+        r"""The mode of :math:`\theta` given p, :math:`(\sum_g p_g + \alpha - 1)/(\alpha + \beta + G - 2)`."""
+        alpha, beta = self.beta or (1.0, 1.0)
+        mode = (jnp.sum(inclusion) + alpha - 1) / (alpha + beta + inclusion.size - 2)
+        return jnp.clip(mode, *RATE_BOUNDS)
+
+
+# ---- what a run says ------------------------------------------------------------------------------------------------
+
+
+def inclusion_probabilities(mcmc) -> dict[str, np.ndarray]:
+    r"""The probability that each group is included, given each draw of the weights.
+
+    .. math::
+
+        p_g(w) = P(\gamma_g = 1 \mid w_g, \theta)
+
+    The mean over draws is the posterior probability of inclusion, with the indicators summed out (Rao-Blackwell), and
+    has less variance than a share of draws.
+
+    :param mcmc: A run of :class:`~numpyro_bdl.SpikeSlabSGHMC`.
+    :return: (chain, draw, ...) by site, the last axes being those of the groups. Of a run that pruned: 1 for what the
+        chain kept and 0 for what it pruned, since its draws are conditional on that.
+    :raises ValueError: if the run is of another kernel, has no draws, or left out a site.
+    """
+    kernel, state = mcmc.sampler, mcmc.last_state
+    if not hasattr(kernel, "priors"):
+        raise ValueError(f"inclusion_probabilities needs a run of SpikeSlabSGHMC, got one of {type(kernel).__name__}.")
+    if state is None:
+        raise ValueError("The MCMC object holds no draws yet; run it first.")
+    warn_of_failures(mcmc)
+    draws = mcmc.get_samples(group_by_chain=True)
+    missing = [name for name in kernel.priors if name not in draws]
+    if missing:
+        raise ValueError(f"inclusion_probabilities: the run did not keep the draws of '{missing[0]}'.")
+    if state.mask:
+        kept = kept_groups(mcmc)
+        return {
+            name: np.broadcast_to(k[:, None].astype(np.float32), (len(k), draws[name].shape[1], *k.shape[1:]))
+            for name, k in kept.items()
+        }
+    result = {}
+    for name, prior in kernel.priors.items():
+        rate = jnp.reshape(state.rate[name], (-1, *[1] * (1 + len(prior.groups.shape))))
+        square = prior.groups.total(jnp.asarray(draws[name]) ** 2)
+        result[name] = np.asarray(jax.nn.sigmoid(prior.logit(square, rate)))
+    return result
+
+
+def kept_groups(mcmc) -> dict[str, np.ndarray]:
+    """Which groups a run that pruned kept: (chain, ...) by site."""
+    groups = mcmc.sampler.groups
+    return {name: np.asarray(groups[name].total(jnp.asarray(mask))) > 0 for name, mask in pruning.masks(mcmc).items()}
+
+
+def inclusion_groups(mcmc) -> dict[str, tuple[dict, dict, dict, list[str]]]:
+    """The groups ``inclusion``, ``inclusion_rate`` and, if the run pruned, ``mask`` of a DataTree."""
+    names = {name: groups.names() for name, groups in mcmc.sampler.groups.items()}
+    dims = {name: [f"group_{name}"] for name in names}
+    coords = {f"group_{name}": labels for name, labels in names.items()}
+
+    def flat(values: dict, leading: int):
+        return {name: np.reshape(v, (*v.shape[:leading], -1)) for name, v in values.items()}, dims, coords
+
+    rates = {name: np.atleast_1d(rate) for name, rate in mcmc.last_state.rate.items()}
+    tree = {
+        "inclusion": (*flat(inclusion_probabilities(mcmc), 2), ["chain", "draw"]),
+        "inclusion_rate": (rates, {}, {}, ["chain"]),
+    }
+    if mcmc.last_state.mask:
+        tree["mask"] = (*flat(kept_groups(mcmc), 1), ["chain"])
+    return tree
+
+
+def warn_of_failures(mcmc) -> None:
+    """Warn of an inclusion rate at its floor, and of a site that pruning all but emptied."""
+    kernel, state = mcmc.sampler, mcmc.last_state
+    for name, rate in state.rate.items():
+        if kernel.inclusion_rate.beta and np.any(np.asarray(rate) <= 1.5 * RATE_BOUNDS[0]):
+            warnings.warn(
+                f"The inclusion rate of '{name}' has collapsed to its floor, {RATE_BOUNDS[0]:g}, from which a group"
+                " hardly returns. Give a fixed rate, a Beta with less weight on 0, a spike_widening, or more warm-up.",
+                stacklevel=3,
+            )
+    if state.mask:
+        least = kernel.pruner.schedule.min_keep
+        for name, kept in kept_groups(mcmc).items():
+            fewest = kept.reshape(len(kept), -1).sum(1).min()
+            if fewest <= least:
+                warnings.warn(
+                    f"'{name}' was pruned down to {fewest} of its {kept[0].size} groups, where only min_keep stopped"
+                    " it. Take a lower sparsity, or a prior variance that fits the width of the layer.",
+                    stacklevel=3,
+                )
