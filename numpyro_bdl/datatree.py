@@ -49,7 +49,7 @@ def to_datatree(
     :param sites: Sites of the function, observed or deterministic; None for every observed site.
     :param log_likelihood: Add the log likelihood of each row, for :func:`arviz.loo`.
     :param posterior_predictive: Add a replicate of the data for each draw.
-    :param weights: Keep the parameters of networks in ``posterior`` and ``anchor``.
+    :param weights: Keep the parameters of networks in ``posterior``, ``anchor`` and ``inclusion``.
     :param rng_key: PRNG key of the posterior predictive; None for ``jax.random.key(0)``.
     :param draw_chunk: Draws per chunk of evaluation.
     :param data_chunk: Rows per chunk of evaluation, as of :class:`~numpyro_bdl.PosteriorPredictive`.
@@ -99,10 +99,11 @@ def to_datatree(
         groups["posterior_predictive"] = (draws, *_row_dims(predictive))
 
     if hasattr(mcmc.sampler, "_tree_groups"):
-        groups |= {
-            name: ({k: v for k, v in data.items() if k not in hidden}, *rest)
-            for name, (data, *rest) in mcmc.sampler._tree_groups(mcmc).items()
-        }
+        own = mcmc.sampler._tree_groups(mcmc)
+        if "inclusion" in own:
+            data, *rest = own["inclusion"]
+            own["inclusion"] = ({k: v for k, v in data.items() if k not in hidden}, *rest)
+        groups |= own
 
     datasets = {name: _dataset(*group) for name, group in groups.items() if group[0]}
     observed = predictive.observed_data()
@@ -164,6 +165,10 @@ def _attributes(mcmc: MCMC) -> dict[str, Any]:
     temperature = getattr(kernel, "_temperature", None)
     if temperature is not None and not callable(temperature):
         attributes["temperature"] = float(jnp.asarray(temperature))
+    elif callable(temperature):
+        of_draws = np.unique(mcmc.get_extra_fields().get("temperature", ()))
+        if len(of_draws) == 1:  # a schedule that has come to its end
+            attributes["temperature"] = float(of_draws[0])
     if hasattr(kernel, "_share_batch"):
         attributes["chains_share_minibatches"] = int(kernel._share_batch)
     bad = bad_chains(mcmc)

@@ -25,6 +25,7 @@ from jax import Array
 
 from numpyro_bdl import pruning
 from numpyro_bdl._checks import check_number
+from numpyro_bdl.predictive import bad_chains, potential_of, warn_of_bad_chains
 from numpyro_bdl.weight_groups import WeightGroups
 
 RATE_BOUNDS = (1e-4, 1 - 1e-4)
@@ -97,6 +98,10 @@ class InclusionRate(NamedTuple):
         mode = (jnp.sum(inclusion) + alpha - 1) / (alpha + beta + inclusion.size - 2)
         return jnp.clip(mode, *RATE_BOUNDS)
 
+    def floor(self, count: int) -> float:
+        """The rate that is learned if none of so many groups is included; 0 if it is fixed."""
+        return float(self.m_step(jnp.zeros(count))) if self.beta else 0.0
+
 
 # ---- what a run says ------------------------------------------------------------------------------------------------
 
@@ -113,25 +118,27 @@ def inclusion_probabilities(mcmc) -> dict[str, np.ndarray]:
 
     :param mcmc: A run of :class:`~numpyro_bdl.SpikeSlabSGHMC`.
     :return: (chain, draw, ...) by site, the last axes being those of the groups. Of a run that pruned: 1 for what the
-        chain kept and 0 for what it pruned, since its draws are conditional on that.
+        chain kept and 0 for what it pruned, since its draws are conditional on that. NaN for chains that met a gradient
+        that was not finite. The formula is that of temperature 1.
     :raises ValueError: if the run is of another kernel, has no draws, or left out a site.
     """
     kernel, state = mcmc.sampler, mcmc.last_state
     if not hasattr(kernel, "priors"):
         raise ValueError(f"inclusion_probabilities needs a run of SpikeSlabSGHMC, got one of {type(kernel).__name__}.")
-    if state is None:
-        raise ValueError("The MCMC object holds no draws yet; run it first.")
+    potential_of(mcmc)  # whose priors the kernel then has
+    warn_of_bad_chains(mcmc)
     warn_of_failures(mcmc)
     draws = mcmc.get_samples(group_by_chain=True)
     missing = [name for name in kernel.priors if name not in draws]
     if missing:
         raise ValueError(f"inclusion_probabilities: the run did not keep the draws of '{missing[0]}'.")
     if state.mask:
-        kept = kept_groups(mcmc)
-        return {
-            name: np.broadcast_to(k[:, None].astype(np.float32), (len(k), draws[name].shape[1], *k.shape[1:]))
-            for name, k in kept.items()
-        }
+        result = {}
+        for name, kept in kept_groups(mcmc).items():
+            known = kept.astype(np.float32)
+            known[list(bad_chains(mcmc))] = np.nan
+            result[name] = np.broadcast_to(known[:, None], (len(kept), draws[name].shape[1], *kept.shape[1:]))
+        return result
     result = {}
     for name, prior in kernel.priors.items():
         rate = jnp.reshape(state.rate[name], (-1, *[1] * (1 + len(prior.groups.shape))))
@@ -143,7 +150,9 @@ def inclusion_probabilities(mcmc) -> dict[str, np.ndarray]:
 def kept_groups(mcmc) -> dict[str, np.ndarray]:
     """Which groups a run that pruned kept: (chain, ...) by site."""
     groups = mcmc.sampler.groups
-    return {name: np.asarray(groups[name].total(jnp.asarray(mask))) > 0 for name, mask in pruning.masks(mcmc).items()}
+    return {
+        name: np.asarray(groups[name].total(jnp.asarray(mask))) > 0 for name, mask in pruning.final_masks(mcmc).items()
+    }
 
 
 def inclusion_groups(mcmc) -> dict[str, tuple[dict, dict, dict, list[str]]]:
@@ -166,20 +175,32 @@ def inclusion_groups(mcmc) -> dict[str, tuple[dict, dict, dict, list[str]]]:
 
 
 def warn_of_failures(mcmc) -> None:
-    """Warn of an inclusion rate at its floor, and of a site that pruning all but emptied."""
+    """Tell of a preconditioner against the spike, a rate at its floor, and a site that pruning all but emptied."""
     kernel, state = mcmc.sampler, mcmc.last_state
+    diagonal = kernel._preconditioner.diagonal(state.preconditioner, state.z)
+    if kernel._preconditioner.adapts:
+        for name, prior in kernel.priors.items():
+            share = kernel.stiffness(prior.spike) * float(np.max(diagonal[name]))
+            if share >= 0.5:
+                warnings.warn(
+                    f"The preconditioner makes the steps long for the spike of '{name}': they are {share:.2g} of the"
+                    " largest that is stable. Take a smaller step_size.",
+                    stacklevel=3,
+                )
     for name, rate in state.rate.items():
-        if kernel.inclusion_rate.beta and np.any(np.asarray(rate) <= 1.5 * RATE_BOUNDS[0]):
+        floor = kernel.inclusion_rate.floor(kernel.groups[name].size.size)
+        if np.any(np.asarray(rate) <= 1.5 * floor):
             warnings.warn(
-                f"The inclusion rate of '{name}' has collapsed to its floor, {RATE_BOUNDS[0]:g}, from which a group"
+                f"The inclusion rate of '{name}' has collapsed to its floor, {floor:.3g}, from which a group"
                 " hardly returns. Give a fixed rate, a Beta with less weight on 0, a spike_widening, or more warm-up.",
                 stacklevel=3,
             )
     if state.mask:
         least = kernel.pruner.schedule.min_keep
         for name, kept in kept_groups(mcmc).items():
-            fewest = kept.reshape(len(kept), -1).sum(1).min()
-            if fewest <= least:
+            counts = kept.reshape(len(kept), -1).sum(1)
+            fewest = min((int(n) for chain, n in enumerate(counts) if chain not in bad_chains(mcmc)), default=least + 1)
+            if fewest <= least < kept[0].size:
                 warnings.warn(
                     f"'{name}' was pruned down to {fewest} of its {kept[0].size} groups, where only min_keep stopped"
                     " it. Take a lower sparsity, or a prior variance that fits the width of the layer.",

@@ -272,10 +272,6 @@ class Potential:
 
         return jax.tree.map(fill, self._mutable_template, mutable)
 
-    def first_trace(self, key: Array) -> dict[str, dict]:
-        """NumPyro's trace of the model at first values of its latent sites."""
-        return self._run_initial(key)[0]
-
     # ---- energies -------------------------------------------------------------------------------------------
 
     def _bind(self, rows: dict[str, Array], key: Array, mutable: dict) -> Callable:

@@ -202,7 +202,8 @@ def mirror(rate: float = 1e-3, spread: float = 1e-3) -> Preconditioner:
 
     with :math:`\xi` the noise of the step before and g the gradient of the full-data energy. It starts at P = 1/2.
     If the position is spread by :math:`s P \xi`, the mean of :math:`\xi g` is s P times the curvature h, and the
-    fixed point is the inverse root of the curvature, :math:`P = 1 / (s \sqrt h)`, or 1 if that is larger.
+    fixed point is the inverse root of the curvature, :math:`P = 1 / (s \sqrt h)`, or 1 if that is larger. (A kernel
+    spreads it by its own noise, so that in a run this holds in its trend alone.)
 
     With the rates of the paper's code that fixed point is never reached: the term 1 / P dominates, and
     :math:`P_t = 1 - e^{-r t} / 2` for every coordinate, whatever the data. In its symbols (step l on the mean loss, N

@@ -31,15 +31,18 @@ def _evaluated(probe):
 def normal_scales(potential: Potential) -> dict[str, float | str]:
     """The scale of every latent site whose prior is a centred normal law with one constant scale.
 
-    Whether location and scale are constants is seen by running the model from two keys.
+    Whether location and scale are constants is seen by evaluating the model at two positions.
 
     :return: The scale by site; for any other site, in words, what its prior is instead.
     """
     words: dict[str, str] = {}
+    rows = _rows(potential)
 
-    def read(key):
+    @jax.jit
+    def read(z, mutable):
+        values = potential.constrain(z, potential.args, potential.kwargs)
         found = {}
-        for name, site in potential.first_trace(key).items():
+        for name, site in potential.run(values, rows, random.key(0), mutable, potential.args, potential.kwargs).items():
             if name not in potential.latent:
                 continue
             base = site["fn"]
@@ -51,8 +54,7 @@ def normal_scales(potential: Potential) -> dict[str, float | str]:
                 words[name] = f"of the family {type(base).__name__}"
         return found
 
-    run = jax.jit(read)
-    one, other = (jax.tree.map(np.asarray, run(random.key(n))) for n in range(2))
+    one, other = (jax.tree.map(np.asarray, read(*_start(potential, n))) for n in range(2))
     result: dict[str, float | str] = dict(words)
     for name, (loc, scale, factor) in one.items():
         if not all(np.array_equal(a, b) for a, b in zip(one[name], other[name], strict=True)):
@@ -83,8 +85,11 @@ def _start(potential: Potential, n: int = 0) -> tuple[Position, dict]:
 def output_sites(potential: Potential) -> frozenset[str]:
     """Parameters of networks in which the function of the model is affine: those of the output layer.
 
-    :raises ValueError: if an observed site has no natural parameter that is known.
+    :raises ValueError: if it can't be told: an observed site has no natural parameter that is known, or a network has
+        no parameter in which it is affine, or one that the function does not depend on.
     """
+    if not potential.observed:
+        raise ValueError("The model has no observed site.")
     z, mutable = _start(potential)
     rows = _rows(potential)
 
@@ -97,11 +102,17 @@ def output_sites(potential: Potential) -> frozenset[str]:
     found = set()
     f0 = function(z)
     for n, name in enumerate(potential.network):
-        direction = jnp.std(z[name]) * random.normal(random.key(n), z[name].shape, z[name].dtype)
+        scale = 0.1 + jnp.std(z[name])
+        direction = scale * random.normal(random.key(n), z[name].shape, z[name].dtype)
         f1, f2 = (function(z | {name: z[name] + step * direction}) for step in (1, 2))
         bend, size = jnp.max(jnp.abs(f2 - 2 * f1 + f0)), jnp.max(jnp.abs(f2 - f0))
+        if size == 0 and z[name].ndim > 1:
+            raise ValueError(f"The function of the model does not depend on '{name}'.")
         if bend <= 1e-3 * size:
             found.add(name)
+    for network in {owner for owner, _ in potential.network.values()}:
+        if not any(potential.network[name][0] == network for name in found):
+            raise ValueError(f"The function of the model is affine in no parameter of '{network}'.")
     return frozenset(found)
 
 
@@ -118,14 +129,13 @@ def sites_without_scale(potential: Potential, names: tuple[str, ...]) -> frozens
         energies, _ = potential.energies(z, rows, random.key(2), mutable, potential.args, potential.kwargs)
         return energies.likelihood
 
-    def without_scale(name, z, mutable):
+    def without_scale(name, z, mutable, before):
         network, path = potential.network[name]
         layer = [k for k, (owner, other) in potential.network.items() if (owner, other[:-1]) == (network, path[:-1])]
-        before = energy(z, mutable)
         change = abs(energy(z | {k: 2 * z[k] for k in layer}, mutable) - before)
         turned = abs(energy(z | {k: -z[k][::-1] for k in layer}, mutable) - before)
         return change < 1e-2 * turned
 
-    starts = [_start(potential, n) for n in range(3)]
+    starts = [(*start, energy(*start)) for start in (_start(potential, n) for n in range(3))]
     candidates = [name for name in names if name in potential.network]
     return frozenset(name for name in candidates if all(without_scale(name, *start) for start in starts))

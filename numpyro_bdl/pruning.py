@@ -14,6 +14,7 @@ from jax import Array
 from jaxtyping import PyTree
 
 from numpyro_bdl._checks import check_integer, check_number
+from numpyro_bdl.predictive import potential_of, warn_of_bad_chains
 from numpyro_bdl.weight_groups import WeightGroups
 
 _PRUNINGS = 100  # how often groups are pruned between start and end
@@ -28,19 +29,20 @@ class _Window:
     end: float
     min_keep: int
 
-    def steps(self, warmup_steps: int) -> tuple[int, int]:
+    def steps(self, warmup_steps: Array | int) -> tuple[Array, Array]:
         """The step at which pruning starts, and the step after its last."""
-        return round(self.start * warmup_steps), max(round(self.end * warmup_steps), 1)
+        first, last = (jnp.round(part * warmup_steps).astype(jnp.int32) for part in (self.start, self.end))
+        return first, jnp.maximum(last, first + 1)
 
 
 @dataclass(frozen=True)
 class Cubic(_Window):
     """The schedule made by :func:`cubic`."""
 
-    def sparsity(self, i: Array, warmup_steps: int, target: float) -> Array:
+    def sparsity(self, i: Array, warmup_steps: Array | int, target: float) -> Array:
         """The share of weights to be gone after step ``i``."""
         first, last = self.steps(warmup_steps)
-        u = jnp.clip((i + 1 - first) / max(last - first, 1), 0, 1)
+        u = jnp.clip((i + 1 - first) / (last - first), 0, 1)
         return target * (1 - (1 - u) ** 3)
 
 
@@ -100,9 +102,9 @@ def threshold(mean_square: float, start: float = 0.1, end: float = 0.7, min_keep
 
 
 def largest_sparsity(groups: Mapping[str, WeightGroups], min_keep: int) -> float:
-    """The share of weights that can go, if each site keeps its ``min_keep`` smallest groups."""
+    """The share of weights that can always go: each site may have to keep its ``min_keep`` largest groups."""
     total = sum(int(g.size.sum()) for g in groups.values())
-    kept = sum(int(np.sort(g.size, axis=None)[:min_keep].sum()) for g in groups.values())
+    kept = sum(int(np.sort(g.size, axis=None)[-min_keep:].sum()) for g in groups.values())
     return 1 - kept / total
 
 
@@ -126,7 +128,7 @@ def keep_by_sparsity(
     sparsity: Array,
     min_keep: int,
 ) -> dict[str, Array]:
-    """Which groups stay so that at most the share ``sparsity`` of all weights is gone, by site.
+    """Which groups stay so that the share ``sparsity`` of all weights is gone, as near as whole groups allow, by site.
 
     :param groups: The groups of each site.
     :param kept: Which groups are there now; those gone stay gone.
@@ -139,8 +141,8 @@ def keep_by_sparsity(
     protected = jnp.concatenate([_last(*flat[k], min_keep) for k in groups])
     order = _order(*(jnp.concatenate(x) for x in zip(*(flat[k] for k in groups), strict=True)), protected)
     size = jnp.concatenate([jnp.asarray(g.size.ravel()) for g in groups.values()])
-    gone_by = jnp.cumsum(size[order])
-    goes = gone_by <= jnp.round(sparsity * int(sum(g.size.sum() for g in groups.values())))
+    # a group goes if at least half of it does
+    goes = jnp.cumsum(size[order]) - size[order] / 2 <= sparsity * int(sum(g.size.sum() for g in groups.values()))
     stays = jnp.zeros(size.shape, bool).at[order].set(~goes) | protected
     bounds = np.cumsum([0] + [g.size.size for g in groups.values()])
     return {
@@ -182,25 +184,28 @@ class Pruner(NamedTuple):
         """Squared norms by group, as if a layer without a scale had the slab variance."""
         if name not in self.without_scale:
             return square
-        mean = jnp.sum(square) / int(self.groups[name].size.sum())
+        weights = jnp.sum(jnp.where(square > 0, self.groups[name].size, 0))  # those that are left
+        mean = jnp.sum(square) / jnp.maximum(weights, 1)
         return square * self.slabs[name] / jnp.maximum(mean, jnp.finfo(square.dtype).tiny)
 
     def mean_square(self, name: str, square: Array) -> Array:
         """From squared norms by group to mean squares in units of the slab variance."""
         return square / jnp.asarray(self.groups[name].size, square.dtype) / self.slabs[name]
 
-    def observe(self, means: PyTree, values: PyTree, i: Array, warmup_steps: int) -> PyTree:
+    def observe(self, means: PyTree, values: PyTree, i: Array, warmup_steps: Array | int) -> PyTree:
         """Running means with a memory of a twentieth of the warm-up."""
-        weight = jnp.maximum(1 / (i + 1), 1 / max(_MEMORY * warmup_steps, 1))
+        weight = jnp.maximum(1 / (i + 1), 1 / jnp.maximum(_MEMORY * warmup_steps, 1))
         return jax.tree.map(lambda mean, new: mean + weight.astype(mean.dtype) * (new - mean), means, values)
 
-    def when(self, i: Array, warmup_steps: int) -> tuple[Array, Array]:
+    def when(self, i: Array, warmup_steps: Array | int) -> tuple[Array, Array]:
         """Whether the means still run at step ``i``, and whether groups are pruned."""
         first, last = self.schedule.steps(warmup_steps)
-        every = max((last - first) // _PRUNINGS, 1)
+        every = jnp.maximum((last - first) // _PRUNINGS, 1)
         return i < last, (i >= first) & (i < last) & (((i - first) % every == 0) | (i == last - 1))
 
-    def prune(self, mask: dict, inclusion: dict, mean_square: dict, i: Array, warmup_steps: int) -> tuple[dict, Array]:
+    def prune(
+        self, mask: dict, inclusion: dict, mean_square: dict, i: Array, warmup_steps: Array | int
+    ) -> tuple[dict, Array]:
         """The next mask, and the share of the weights in groups that it has pruned."""
         kept = {name: g.total(mask[name]) > 0 for name, g in self.groups.items()}
         now = self.groups, kept, inclusion, mean_square
@@ -211,8 +216,9 @@ class Pruner(NamedTuple):
             bounds = {name: self.schedule.mean_square / slab for name, slab in self.slabs.items()}
             kept = keep_by_threshold(*now, bounds, self.schedule.min_keep)
         pruned = {n: jnp.broadcast_to(g.spread(kept[n]), g.site_shape) for n, g in self.groups.items()}
-        everything = jnp.concatenate([m.ravel() for m in pruned.values()])
-        return mask | pruned, jnp.mean(~everything)
+        # the mask of a bad chain is NaN
+        gone = [jnp.where(jnp.isnan(mask[name]), jnp.nan, ~m).ravel() for name, m in pruned.items()]
+        return mask | pruned, jnp.mean(jnp.concatenate(gone))
 
 
 # ---- what is left ---------------------------------------------------------------------------------------------------
@@ -222,9 +228,17 @@ def masks(mcmc: Any) -> dict[str, np.ndarray]:
     """The masks of a pruned run: True where a weight was kept.
 
     :param mcmc: A run of :class:`~numpyro_bdl.SpikeSlabSGHMC` that pruned.
-    :return: (chain, ...) by site, for the sites with groups. All kept draws of a chain share its mask.
-    :raises ValueError: if the run did not prune.
+    :return: (chain, ...) by site, for the sites with groups. All kept draws of a chain share its mask. A chain that met
+        a gradient that was not finite has none: its entries are False.
+    :raises ValueError: if the run did not prune, or has no draws.
     """
+    potential_of(mcmc)  # whose groups the kernel then has
+    warn_of_bad_chains(mcmc)
+    return final_masks(mcmc)
+
+
+def final_masks(mcmc: Any) -> dict[str, np.ndarray]:
+    """The masks of the last state."""
     mask = getattr(mcmc.last_state, "mask", None)
     if not mask:
         raise ValueError(
@@ -233,7 +247,7 @@ def masks(mcmc: Any) -> dict[str, np.ndarray]:
         )
     batched = np.ndim(mcmc.last_state.i) == 1
     sites = mcmc.sampler.groups
-    return {name: np.asarray(mask[name] != 0)[() if batched else None] for name in sites}
+    return {name: np.asarray(mask[name] == 1)[() if batched else None] for name in sites}
 
 
 def prune(params: Any, mask: Any) -> Any:
@@ -253,7 +267,15 @@ def prune(params: Any, mask: Any) -> Any:
         {'w': Array([1., 0.], dtype=float32), 'b': array(3.)}
     """
     if not isinstance(mask, Mapping):
+        if isinstance(params, Mapping) or np.broadcast_shapes(np.shape(mask), np.shape(params)) != np.shape(params):
+            raise ValueError(
+                f"prune: a mask of shape {np.shape(mask)} does not fit"
+                + (f" the parameters {list(params)}." if isinstance(params, Mapping) else f" {np.shape(params)}.")
+                + " The masks of a run have a chain axis in front: take those of one chain."
+            )
         return jnp.where(mask, params, 0)
+    if not isinstance(params, Mapping):
+        raise ValueError(f"prune: the mask names {', '.join(mask)}, where the parameters have an array.")
     unknown = [name for name in mask if name not in params]
     if unknown:
         raise ValueError(f"prune: the mask names {unknown[0]!r}, which is not among the parameters {list(params)}.")
@@ -267,8 +289,6 @@ def flax_parameters(mcmc: Any, values: Mapping[str, Any]) -> dict[str, Any]:
     :param values: Arrays by site: a draw, a mean, or masks; sites that are no parameters of a network are passed over.
     :return: Nested dicts by network, module and parameter: ``{"net": {"Dense_0": {"kernel": ...}}}``.
     """
-    from numpyro_bdl.predictive import potential_of
-
     tree: dict[str, Any] = {}
     for name, (network, path) in potential_of(mcmc).network.items():
         if name not in values:
@@ -291,9 +311,9 @@ def compress(
     ``layers`` are Dense and Conv layers, each of which reads the activation of the one before. A unit of a hidden
     layer goes if all weights that leave it are pruned, or if all that enter it are: then its value is the constant
     :math:`c = \phi(b)`, and :math:`c \, w` is added to the bias of the next layer. Between two layers there may be
-    pooling and flattening, but no normalization. A constant other than 0 that enters a Conv layer keeps its unit,
-    since padding makes it differ at the border. The network for these parameters is yours to make, with the widths that
-    the shapes show.
+    pooling without padding and flattening, but no normalization. A constant other than 0 that enters a Conv layer keeps
+    its unit, since padding makes it differ at the border. The network for these parameters is yours to make, with the
+    widths that the shapes show.
 
     :param params: Parameters of a network, ``{"Dense_0": {"kernel": ..., "bias": ...}, ...}``.
     :param mask: Masks of the same form, or of a part of it.
@@ -368,18 +388,27 @@ def _shrink(name: str, layer: dict, following: str, reader: dict, activation) ->
     return {name: small, following: smaller}
 
 
-def check_schedule(owner: str, target: float | None, schedule: Cubic | Threshold | None) -> Cubic | Threshold | None:
+def check_schedule(
+    owner: str, target: float | None, schedule: Cubic | Threshold | None, narrow: float
+) -> Cubic | Threshold | None:
     """The schedule of a kernel from its arguments.
 
-    :raises ValueError: for :func:`cubic` without a target, or :func:`threshold` with one.
+    :param narrow: The part of the warm-up after which the spike has its variance.
+    :raises ValueError: for :func:`cubic` without a target, or :func:`threshold` with one, or a start before ``narrow``.
     :raises TypeError: for anything else.
     """
     if schedule is None:
-        return None if target is None else cubic()
+        return None if target is None else cubic(start=max(0.1, narrow))
     if not isinstance(schedule, (Cubic, Threshold)):
         raise TypeError(
             f"{owner}: prune_schedule must be pruning.cubic(...) or pruning.threshold(...), got"
             f" {type(schedule).__name__}."
+        )
+    if schedule.start < narrow:
+        raise ValueError(
+            f"{owner}: pruning starts at {schedule.start:g} of the warm-up, but with spike_widening the spike is wide"
+            f" until {narrow:g}, and what is useful can't be told before. Give the schedule a start of"
+            f" {narrow:g} or more."
         )
     if isinstance(schedule, Cubic) and target is None:
         raise ValueError(f"{owner}: pruning.cubic() needs a target_sparsity.")

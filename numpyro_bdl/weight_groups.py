@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -71,6 +72,7 @@ class WeightGroups:
 
     def total(self, x: Array) -> Array:
         """Sum over each group: (..., site) to (..., group)."""
+        x = x.astype(jnp.int32) if x.dtype == bool else x
         if self.numbers is not None:
             batch = x.shape[: x.ndim - len(self.site_shape)]
             flat = x.reshape(*batch, -1)
@@ -92,7 +94,8 @@ class WeightGroups:
 
 def _groups(owner: str, site: str, kind: Kind, shape: tuple[int, ...]) -> WeightGroups:
     if callable(kind):
-        numbers = np.asarray(kind(site, shape))
+        with jax.ensure_compile_time_eval():
+            numbers = np.asarray(kind(site, shape))
         if numbers.shape != shape or not np.issubdtype(numbers.dtype, np.integer):
             raise ValueError(
                 f"{owner}: the callable in groups must return an array of integers of the shape of '{site}', {shape};"
@@ -104,7 +107,7 @@ def _groups(owner: str, site: str, kind: Kind, shape: tuple[int, ...]) -> Weight
                 f"{owner}: the callable in groups must number the groups of '{site}' 0, 1, ... without gaps; got"
                 f" numbers from {found[0]} to {found[-1]}, {len(found)} of them."
             )
-        return WeightGroups("callable", shape, numbers=numbers)
+        return WeightGroups("callable", shape, numbers=numbers.astype(np.int64))
     if kind == "unstructured":
         return WeightGroups(kind, shape, tuple(range(-len(shape), 0)))
     if not isinstance(kind, str) or kind not in _KINDS:
@@ -125,7 +128,7 @@ def partition(owner: str, groups: Mapping[str, Kind], shapes: Mapping[str, tuple
     """The groups of every site that a pattern names.
 
     :param owner: Name of the kernel, for error texts.
-    :param groups: From patterns of site names (as of :mod:`fnmatch`) to kinds.
+    :param groups: From names of sites, or patterns of them (as of :mod:`fnmatch`), to kinds.
     :param shapes: Shapes of all latent sites, by name.
     :return: The groups by site, in the order of ``shapes``.
     :raises ValueError: for a pattern that matches no site, a site matched by two patterns, an unknown kind, or one
@@ -133,7 +136,9 @@ def partition(owner: str, groups: Mapping[str, Kind], shapes: Mapping[str, tuple
     """
     kinds: dict[str, tuple[str, Kind]] = {}
     for pattern, kind in groups.items():
-        matched = [name for name in shapes if fnmatch.fnmatchcase(name, pattern)]
+        if not isinstance(pattern, str):
+            raise TypeError(f"{owner}: groups goes from patterns of site names to kinds; got the key {pattern!r}.")
+        matched = [pattern] if pattern in shapes else [name for name in shapes if fnmatch.fnmatchcase(name, pattern)]
         if not matched:
             raise ValueError(
                 f"{owner}: groups names {pattern!r}, which matches no latent site of the model; those are:"

@@ -33,7 +33,7 @@ def tree():
 
 def drawn(ax):
     """The lines with data of a method, references left out."""
-    return [line for line in ax.get_lines() if line.get_label() not in ("_calibrated", "_reference")]
+    return [line for line in ax.get_lines() if line.get_label() not in ("_calibrated", "_reference", "_range")]
 
 
 def test_importing_the_package_or_the_module_does_not_load_matplotlib():
@@ -161,15 +161,156 @@ def test_function_rhat_names_what_is_wrong(tree):
         plots.function_rhat({"SGLD": np.array([1.0, np.nan])})
 
 
-def test_a_page_of_all_three_can_be_saved(tree, tmp_path):
-    figure, axes = plt.subplots(1, 3, layout="constrained")
+# ---- sparsity ------------------------------------------------------------------------------------------------
+
+MASKS = {
+    "net/Dense_0.kernel": np.array([[[True] * 3 + [False] * 7] * 2, [[True] * 1 + [False] * 9] * 2]),
+    "net/Dense_1.kernel": np.array([[True, False], [False, True]]),
+}
+
+
+def test_layer_sparsity_draws_the_mean_and_the_range_of_the_chains():
+    ax = plots.layer_sparsity(MASKS)
+    np.testing.assert_allclose([bar.get_width() for bar in ax.patches], [0.8, 0.5])
+    assert [tick.get_text() for tick in ax.get_yticklabels()] == list(MASKS)
+    assert list(ax.get_yticks()) == [1, 0]
+    np.testing.assert_allclose([bar.get_y() + bar.get_height() / 2 for bar in ax.patches], [1, 0])
+    assert [text.get_text() for text in ax.texts] == ["2 to 6 of 20 kept", "1 of 2 kept"]
+    (span,) = [line for line in ax.get_lines() if line.get_label() == "_range"]
+    np.testing.assert_allclose(span.get_xydata(), [[0.7, 1], [0.9, 1]])
+    (together,) = [line for line in ax.get_lines() if line.get_label() == "_reference"]
+    np.testing.assert_allclose(together.get_xdata(), 1 - 5 / 22)
+
+
+@pytest.mark.parametrize("layers", [1, 2, 12])
+def test_layer_sparsity_has_a_row_for_each_layer(layers):
+    masks = {f"net/Conv_{n}.kernel": RNG.random((2, 3, 3, 16, 16)) < 0.1 for n in range(layers)}
+    _, ax = plt.subplots(layout="constrained")
+    assert plots.layer_sparsity(masks, ax=ax) is ax
+    ax.figure.canvas.draw()
+    boxes = [text.get_window_extent() for text in (*ax.texts, *ax.get_yticklabels())]
+    assert len(boxes) == 2 * layers
+    inside = ax.figure.bbox
+    assert all(inside.x0 <= box.x0 and box.x1 <= inside.x1 for box in boxes)
+    for side in (boxes[:layers], boxes[layers:]):  # from the top
+        assert all(upper.y0 >= lower.y1 for upper, lower in zip(side[:-1], side[1:], strict=True))
+
+
+def test_layer_sparsity_names_what_is_wrong():
+    with pytest.raises(ValueError, match="layer_sparsity: there is no mask"):
+        plots.layer_sparsity({})
+    with pytest.raises(ValueError, match=r"mask of 'w' must be an array \(chain, ...\) of booleans, .* got float64 of"):
+        plots.layer_sparsity({"w": np.ones((1, 3))})
+    with pytest.raises(ValueError, match=r"got bool of shape \(3,\)"):
+        plots.layer_sparsity({"w": np.ones(3, bool)})
+
+
+# ---- inclusion -----------------------------------------------------------------------------------------------
+
+
+def inclusion(groups, included, chains=2, draws=40):
+    """Those up to ``included`` rise to 1, the others fall to 0."""
+    rise = np.linspace(0, 1, draws)[:, None]
+    p = np.where(np.arange(groups) < included, 0.5 + rise / 2, 0.5 - rise / 2)
+    return np.clip(p + 0.02 * RNG.normal(size=(chains, draws, groups)), 0, 1)
+
+
+def test_inclusion_path_colours_what_ends_above_a_half():
+    p = inclusion(5, 2)
+    ax = plots.inclusion_path(p, names=list("abcde"), average=1)
+    handles, labels = ax.get_legend_handles_labels()
+    assert set(labels[:2]) == {"a", "b"}
+    assert labels[2:] == ["3 others"]
+    assert [to_hex(handle.get_color()).upper() for handle in handles[:2]] == list(plots.COLORS[:2])
+    lines = drawn(ax)
+    assert len(lines) == 4  # two groups in two chains
+    assert [line.get_color() for line in lines] == [color for color in plots.COLORS[:2] for _ in range(2)]
+    first = "ab".index(labels[0])
+    for chain in range(2):
+        np.testing.assert_allclose(lines[chain].get_xydata(), np.stack([np.arange(40) + 1, p[chain, :, first]], 1))
+    (others,) = ax.collections
+    expected = [p[chain, :, group] for chain in range(2) for group in (2, 3, 4)]
+    np.testing.assert_allclose([segment[:, 1] for segment in others.get_segments()], expected)
+
+
+def test_inclusion_path_is_a_running_mean():
+    p = inclusion(3, 3, chains=1)[0]
+    ax = plots.inclusion_path(p, average=8)
+    for line, label in zip(drawn(ax), ax.get_legend_handles_labels()[1], strict=True):
+        column = p[:, int(label)]
+        expected = [column[max(n - 7, 0) : n + 1].mean() for n in range(40)]
+        np.testing.assert_allclose(line.get_ydata(), expected)
+    assert not ax.collections
+    by_default = plots.inclusion_path(p)  # a twentieth: 2 draws
+    np.testing.assert_allclose(
+        drawn(by_default)[0].get_ydata(), drawn(plots.inclusion_path(p, average=2))[0].get_ydata()
+    )
+
+
+def test_inclusion_path_takes_groups_of_any_shape():
+    p = inclusion(6, 1).reshape(2, 40, 3, 2)
+    assert plots.inclusion_path(p).get_legend_handles_labels()[1] == ["0,0", "5 others"]
+
+
+def test_inclusion_path_of_a_thousand_groups_names_the_surest():
+    p = inclusion(1000, 30)
+    p[:, -2:, :30] = np.linspace(0.9, 1, 30)
+    _, ax = plt.subplots()
+    assert plots.inclusion_path(p, ax=ax) is ax
+    labels = ax.get_legend_handles_labels()[1]
+    assert labels[0] == "29"
+    assert len(labels) == 21
+    assert labels[-1] == "970 others"
+    assert len(drawn(ax)) == 60
+    looks = [(line.get_color(), line.get_linestyle(), line._dash_pattern) for line in drawn(ax)[::2]]
+    assert len(set(map(str, looks))) == 30
+    assert len(ax.collections[0].get_segments()) == 2 * 970
+
+
+def test_inclusion_path_counts_warm_up_to_zero():
+    ax = plots.inclusion_path(inclusion(4, 0), num_warmup=15)
+    assert not drawn(ax)
+    assert ax.get_legend_handles_labels()[1] == ["4 groups"]
+    assert ax.get_xlim() == (-14, 25)
+    assert [line.get_xdata()[0] for line in ax.get_lines()] == [0, 0]  # the one at 1/2 spans the axes
+    assert ax.collections[0].get_segments()[0][14, 0] == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (
+            {"inclusion": np.ones(3)},
+            r"expected probabilities \(draw, group\) or \(chain, draw, ...\), got shape \(3,\)",
+        ),
+        ({"inclusion": np.ones((2, 3)), "names": ["a"]}, "got 1 names for 3 groups"),
+        ({"inclusion": np.full((2, 3), np.nan)}, r"a probability is not in \[0, 1\]; is a chain NaN"),
+        ({"inclusion": np.full((2, 3), 1.5)}, r"a probability is not in \[0, 1\]"),
+        ({"inclusion": np.ones((2, 3)), "average": 0}, "average must be an integer of at least 1"),
+        ({"inclusion": np.ones((2, 3)), "num_warmup": -1}, "num_warmup must be an integer of at least 0"),
+        ({"inclusion": np.ones((2, 3)), "num_warmup": 5}, "num_warmup=5 is more than the 2 draws"),
+    ],
+)
+def test_inclusion_path_names_what_is_wrong(arguments, text):
+    with pytest.raises(ValueError, match=f"inclusion_path: {text}"):
+        plots.inclusion_path(**arguments)
+
+
+# ---- all of them ---------------------------------------------------------------------------------------------
+
+
+def test_a_page_of_all_of_them_can_be_saved(tree, tmp_path):
+    figure, axes = plt.subplots(1, 5, figsize=(25, 5), layout="constrained")
     plots.reliability(PROBABILITIES, LABELS, ax=axes[0], label="SGLD")
     plots.entropy_histogram({"SGLD": [0.1, 0.2]}, {"SGLD": [0.5, 0.7]}, ax=axes[1])
     plots.function_rhat({"SGLD": tree}, ax=axes[2])
+    plots.inclusion_path(inclusion(5, 2), ax=axes[3])
+    plots.layer_sparsity(MASKS, ax=axes[4])
     for ax in axes:
         assert ax.get_title()
         assert ax.get_xlabel()
         assert ax.get_ylabel()
+    for ax in axes[:4]:
         ax.legend()
     figure.savefig(tmp_path / "page.png")
     assert (tmp_path / "page.png").stat().st_size > 0

@@ -61,6 +61,35 @@ def test_the_output_layer_is_where_the_function_is_affine(kind, expected, batch_
     assert kernels(output_sites(potential(kind, batch_size))) == expected
 
 
+def two_networks(x, y):
+    mean, spread = (random_flax_module(n, Net(), dist.Normal(0, 1), input_shape=(3,)) for n in ("mean", "spread"))
+    numpyro.sample("y", dist.Normal(mean(x)[:, 0], jnp.exp(spread(x)[:, 1])), obs=y)
+
+
+def probabilities(x, y):
+    net = random_flax_module("net", Net(), dist.Normal(0, 1), input_shape=(3,))
+    numpyro.sample("y", dist.Categorical(probs=jax.nn.softmax(net(x))), obs=y)
+
+
+def gamma(x, y):
+    net = random_flax_module("net", Net(), dist.Normal(0, 1), input_shape=(3,))
+    numpyro.sample("y", dist.Gamma(jnp.exp(net(x)[:, 0])), obs=y)
+
+
+@pytest.mark.parametrize(
+    ("model", "text"),
+    [
+        (two_networks, "does not depend on 'spread/"),
+        (probabilities, "affine in no parameter of 'net"),
+        (gamma, "no natural parameter is known"),
+    ],
+)
+def test_where_the_output_layer_can_not_be_told(model, text):
+    y = LABELS if model is probabilities else X[:, 0] ** 2 + 0.1
+    with pytest.raises(ValueError, match=text):
+        output_sites(Potential(model, (X, y)))
+
+
 @pytest.mark.parametrize("network", NETWORKS)
 def test_the_output_layer_of_the_usual_networks(network):
     found = output_sites(Potential(NETWORKS[network], (X, LABELS), {"batch_size": 20}))

@@ -93,5 +93,14 @@ def test_kinds_that_do_not_fit(kind, shape, text):
         groups_of(kind, shape)
 
 
+def test_a_name_with_brackets_is_a_name():
+    assert list(partition("test", {"w[0]": "unstructured"}, {"w[0]": (2,), "w0": (2,)})) == ["w[0]"]
+
+
+def test_keys_are_strings():
+    with pytest.raises(TypeError, match="from patterns of site names to kinds; got the key 3"):
+        partition("test", {3: "unstructured"}, {"w": (2,)})
+
+
 def test_every_kind_is_tested():
     assert set(KINDS) == {kind for kind, *_ in CASES if isinstance(kind, str)}

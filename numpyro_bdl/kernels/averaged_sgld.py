@@ -58,7 +58,7 @@ class AveragedSGLD(StochasticGradientKernel):
         """The state fields that MCMC collects."""
         return (*super().default_fields, "z_anchor")
 
-    def _init_fields(self, rng_key, z):
+    def _init_fields(self, rng_key, z, warmup_steps):
         return {"z_anchor": z}
 
     def _update(self, state, gradient, step):

@@ -37,6 +37,7 @@ SGState = namedtuple(
         "step_size",
         "temperature",
         "first_bad_step",
+        "warmup_steps",
         "batch_key",
         "rng_key",
     ],
@@ -51,6 +52,7 @@ SGState = namedtuple(
  - **step_size** - size of the last step.
  - **temperature** - temperature of the last step.
  - **first_bad_step** - the first step whose energy or gradient was not finite, -1 if there was none.
+ - **warmup_steps** - steps of the warm-up that the chain began with, after which what adapts is frozen.
  - **batch_key** - key of the index streams; a run does not change it.
  - **rng_key** - key of everything else.
 """
@@ -69,6 +71,8 @@ class Step(NamedTuple):
     """preconditioner P, like the position: arrays, or the number 1"""
     key: Array
     """PRNG key of the step's noise"""
+    warmup_steps: Array
+    """steps of the warm-up"""
     another_gradient: Callable[[Position], Position]
     """the gradient of one more minibatch, independent of the step's own"""
 
@@ -146,7 +150,7 @@ class StochasticGradientKernel(MCMCKernel):
 
     # ---- what a kernel defines --------------------------------------------------------------------------------
 
-    def _init_fields(self, rng_key: Array, z: Position) -> dict[str, Any]:
+    def _init_fields(self, rng_key: Array, z: Position, warmup_steps: Array) -> dict[str, Any]:
         """First values of the kernel's own state fields."""
         return {}
 
@@ -154,7 +158,7 @@ class StochasticGradientKernel(MCMCKernel):
         """Where the gradient of the step is taken."""
         return state.z
 
-    def _own_gradient(self, state, gradient: Position, i: Array) -> Position:
+    def _own_gradient(self, state, gradient: Position, i: Array, warmup_steps: Array) -> Position:
         """The gradient with that of the terms which the kernel adds to the energy."""
         return gradient
 
@@ -180,18 +184,18 @@ class StochasticGradientKernel(MCMCKernel):
             for n, (name, plate) in enumerate(self.potential.subsampled.items())
         }
 
-    def _step(self, state, i: Array, args: tuple, kwargs: dict):
+    def _step(self, state, i: Array, warmup_steps: Array, args: tuple, kwargs: dict):
         rng_key, key_model, key_noise, key_another = random.split(state.rng_key, 4)
         batch_key = random.key(self._batch_seed) if self._share_batch else state.batch_key
         rows = self._rows(STREAMS[self._minibatch], batch_key, i)
         point = self._gradient_point(state, key_noise)
         energy, gradient, mutable = self.potential.gradient(point, rows, key_model, state.mutable, args, kwargs)
-        gradient = self._own_gradient(state, gradient, i)
+        gradient = self._own_gradient(state, gradient, i, warmup_steps)
 
         adapted = state.preconditioner
         if self._preconditioner.adapts:
             adapted = lax.cond(
-                i < self._warmup_steps,
+                i < warmup_steps,
                 lambda s: like(self._preconditioner.update(s, gradient, key_noise), s),
                 lambda s: s,
                 adapted,
@@ -204,7 +208,7 @@ class StochasticGradientKernel(MCMCKernel):
 
         size, temperature = self._step_size(i), self._temperature_at(i)
         diagonal = self._preconditioner.diagonal(adapted, state.z)
-        step = Step(i, size, temperature, diagonal, key_noise, another_gradient)
+        step = Step(i, size, temperature, diagonal, key_noise, warmup_steps, another_gradient)
         bad = ~jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves((energy, gradient))]).all()
         moved = state._replace(
             i=i + 1,
@@ -248,7 +252,6 @@ class StochasticGradientKernel(MCMCKernel):
         """The first state of a chain, or of a batch of chains for a batch of keys; see NumPyro's MCMCKernel."""
         model_kwargs = {} if model_kwargs is None else model_kwargs
         self._prepare(model_args, model_kwargs)
-        self._warmup_steps = self._schedule.steps_until(num_warmup)
         self._begin_run(num_warmup)
         if self._preconditioner.adapts and not num_warmup:
             warnings.warn(
@@ -257,9 +260,9 @@ class StochasticGradientKernel(MCMCKernel):
         batched = not is_prng_key(rng_key)
         init_params = {} if init_params is None else init_params
         self._check_init_params(init_params, (rng_key.shape[0],) if batched else ())
-        return self._starts[batched](rng_key, init_params)
+        return self._starts[batched](rng_key, init_params, jnp.int32(self._schedule.steps_until(num_warmup)))
 
-    def _init_chain(self, rng_key: Array, init_params: Position):
+    def _init_chain(self, rng_key: Array, init_params: Position, warmup_steps: Array):
         rng_key, key_z, key_fields, batch_key = random.split(rng_key, 4)
         z, mutable = self.potential.initial(key_z)
         z = z | {name: jnp.asarray(value, z[name].dtype) for name, value in init_params.items()}
@@ -273,6 +276,7 @@ class StochasticGradientKernel(MCMCKernel):
             "step_size": self._step_size(zero),
             "temperature": self._temperature_at(zero),
             "first_bad_step": zero - 1,
+            "warmup_steps": warmup_steps,
             "batch_key": batch_key,
             "rng_key": rng_key,
         }
@@ -281,7 +285,7 @@ class StochasticGradientKernel(MCMCKernel):
         own = 0 * random.bits(batch_key).astype(jnp.int32)
         return jax.tree.map(
             lambda x: x if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x + own.astype(x.dtype),
-            self.State(**state, **self._init_fields(key_fields, z)),
+            self.State(**state, **self._init_fields(key_fields, z, warmup_steps)),
         )
 
     def sample(self, state, model_args, model_kwargs):
@@ -293,12 +297,12 @@ class StochasticGradientKernel(MCMCKernel):
             self._prepare(model_args, model_kwargs)  # a run resumed on other data calls no init
         batched = jnp.ndim(state.i) == 1
         # one step count for all chains, so that what depends on it alone is computed once
-        i = state.i[0] if batched else state.i
+        i, warmup_steps = (x[0] if batched else x for x in (state.i, state.warmup_steps))
         step = partial(self._step, args=model_args, kwargs=model_kwargs)
         mark = self._mark
         if batched:
-            step, mark = jax.vmap(step, in_axes=(0, None)), jax.vmap(mark)
-        return mark(lax.fori_loop(0, self._schedule.steps_to_draw(i), lambda k, s: step(s, i + k), state))
+            step, mark = jax.vmap(step, in_axes=(0, None, None)), jax.vmap(mark)
+        return mark(lax.fori_loop(0, self._schedule.steps_to_draw(i), lambda k, s: step(s, i + k, warmup_steps), state))
 
     def postprocess_fn(self, model_args, model_kwargs):
         """From a position to latent sites in their supports and deterministic sites; see NumPyro's MCMCKernel."""
@@ -350,7 +354,7 @@ class StochasticGradientKernel(MCMCKernel):
         self._dtype = jnp.result_type(*self._shapes.values())
         self._meet_model(potential)
         self._potential = potential
-        self._starts = jax.jit(self._init_chain), jax.jit(jax.vmap(self._init_chain))
+        self._starts = jax.jit(self._init_chain), jax.jit(jax.vmap(self._init_chain, in_axes=(0, 0, None)))
         self._sample_fn = self.sample
 
     def _check_init_params(self, init_params: Position, batch: tuple[int, ...]) -> None:

@@ -272,7 +272,7 @@ class FlatBasinSGLD(StochasticGradientKernel):
         """The state fields that MCMC collects."""
         return super().default_fields + (("z_anchor",) if self._collect_anchor else ())
 
-    def _init_fields(self, rng_key, z):
+    def _init_fields(self, rng_key, z, warmup_steps):
         still = jax.tree.map(jnp.zeros_like, z) if self._momentum else ()
         return {"z_anchor": z, "momentum": still, "momentum_anchor": still}
 

@@ -116,7 +116,7 @@ class SGHMC(StochasticGradientKernel):
         """The state fields that MCMC collects."""
         return super().default_fields + (("excess_noise",) if self._noise_correction else ())
 
-    def _init_fields(self, rng_key, z):
+    def _init_fields(self, rng_key, z, warmup_steps):
         zeros = jax.tree.map(jnp.zeros_like, z)
         noise = zeros if self._noise_correction else ()
         return {"momentum": zeros, "gradient_noise": noise, "excess_noise": jnp.zeros((), self._dtype)}
@@ -152,7 +152,7 @@ class SGHMC(StochasticGradientKernel):
             )
             return like(variance, state.gradient_noise)
 
-        return lax.cond(step.i < self._warmup_steps, average, lambda: state.gradient_noise)
+        return lax.cond(step.i < step.warmup_steps, average, lambda: state.gradient_noise)
 
     def _excess(self, variance, step):
         injected = 2 * self._friction * step.size * step.temperature

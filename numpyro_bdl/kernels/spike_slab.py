@@ -72,6 +72,8 @@ class SpikeSlabSGHMC(StochasticGradientKernel):
     Sites in ``groups`` must have a centred normal prior with a constant scale in the model. It is the slab, so that the
     kernel only adds the spike; other sites keep their prior.
 
+    The collected ``minibatch_energy`` is that of the model, with its own prior.
+
     **Pruning** happens in warm-up. The draws that are kept share the mask of their chain and have the slab alone:
     they follow the posterior *given the mask*, which the running means of one chain chose. For probabilities of
     inclusion, sample without pruning.
@@ -92,8 +94,9 @@ class SpikeSlabSGHMC(StochasticGradientKernel):
         samples another law, in which groups stay what they were.
     :param momentum: b in [0, 1).
     :param spike_widening: The spike variance starts this factor wider and narrows geometrically over the first 30 % of
-        the warm-up, which helps to find what to include among many variables.
-    :param target_sparsity: Share of the weights in ``groups`` to prune, in (0, 1); None does not prune.
+        the warm-up, which helps to find what to include among many variables. Pruning then starts after that.
+    :param target_sparsity: Share of the weights in ``groups`` to prune, in [0, 1), as near as whole groups allow. None
+        does not prune.
     :param prune_schedule: :func:`pruning.cubic() <numpyro_bdl.pruning.cubic>`, the default with a target, or
         :func:`pruning.threshold(...) <numpyro_bdl.pruning.threshold>`, without one.
 
@@ -161,17 +164,18 @@ class SpikeSlabSGHMC(StochasticGradientKernel):
         if e_step_every is not None:
             check_integer(owner, "e_step_every", e_step_every)
         if target_sparsity is not None:
-            check_number(owner, "target_sparsity", target_sparsity, high=1)
+            check_number(owner, "target_sparsity", target_sparsity, high=1, closed=True)
         self._user_groups = groups
         self._slab_variance, self._spike_variance = slab_variance, spike_variance
         self.inclusion_rate = InclusionRate.of(owner, inclusion)
         self.priors: dict[str, SpikeSlab] = {}
         self._e_step_kind = e_step
-        self._every = e_step_every or (math.ceil(2 / (1 - momentum)) if e_step == "gibbs" else 1)
+        self._every = e_step_every or (math.ceil(round(2 / (1 - momentum), 9)) if e_step == "gibbs" else 1)
         self._friction = 1 - momentum
         self._widening_start = float(spike_widening)
         self._target = target_sparsity
-        self._prune_schedule = pruning.check_schedule(owner, target_sparsity, prune_schedule)
+        narrow = _WIDE if spike_widening > 1 else 0.0
+        self._prune_schedule = pruning.check_schedule(owner, target_sparsity, prune_schedule, narrow)
         self.parameter_fields = ("momentum", *(("mask",) if self._prune_schedule else ()))
         if not callable(self._temperature) and self._temperature != 1:
             warnings.warn(
@@ -219,7 +223,11 @@ class SpikeSlabSGHMC(StochasticGradientKernel):
             self._meet_pruning(potential, self._prune_schedule)
 
     def _default_groups(self, potential: Potential) -> dict[str, Kind]:
-        kernels = [name for name in potential.network if len(self._shapes[name].shape) > 1]
+        kernels = [
+            name
+            for name, (_, path) in potential.network.items()
+            if len(self._shapes[name].shape) > 1 and path[-1] != "bias"
+        ]
         if not kernels:
             raise ValueError(
                 "SpikeSlabSGHMC: the model has no network, so groups has no default; name the sites to select from, as"
@@ -231,7 +239,7 @@ class SpikeSlabSGHMC(StochasticGradientKernel):
             raise ValueError(
                 f"SpikeSlabSGHMC: the output layer can't be told without help, give groups. {error}"
             ) from None
-        hidden: dict[str, Kind] = {_literal(name): "unstructured" for name in kernels if name not in outputs}
+        hidden: dict[str, Kind] = {name: "unstructured" for name in kernels if name not in outputs}
         if not hidden:
             raise ValueError(
                 "SpikeSlabSGHMC: every kernel of the network belongs to its output layer, which is left out by default;"
@@ -239,14 +247,25 @@ class SpikeSlabSGHMC(StochasticGradientKernel):
             )
         return hidden
 
+    def stiffness(self, spike: float) -> float:
+        """The largest step as a part of the largest that is stable under the spike, at preconditioner 1."""
+        return largest_step(self._schedule) / spike / (2 * (2 - self._friction))
+
+    def _largest_preconditioner(self, name: str) -> float:
+        if self._preconditioner.adapts:
+            return 1.0
+        zeros = {k: np.zeros(z.shape, z.dtype) for k, z in self._shapes.items()}
+        with jax.ensure_compile_time_eval():
+            return float(np.max(self._preconditioner.diagonal(self._preconditioner.init(zeros), zeros)[name]))
+
     def _warn_of_stiff_spike(self) -> None:
         name, prior = min(self.priors.items(), key=lambda item: item[1].spike)
-        share = largest_step(self._schedule) / prior.spike / (2 * (2 - self._friction))
+        share = self.stiffness(prior.spike) * self._largest_preconditioner(name)
         if share >= 0.5:
             variance = "no bound" if share >= 1 else f"a variance {1 / (1 - share):.3g} times too large"
             warnings.warn(
                 f"SpikeSlabSGHMC: the largest step, {largest_step(self._schedule):g}, is long for the spike of"
-                f" '{name}', of variance {prior.spike:g}: at preconditioner 1 its weights have {variance}."
+                f" '{name}', of variance {prior.spike:g}: its weights have {variance}."
                 " Take a smaller step, a wider spike or less momentum.",
                 stacklevel=7,
             )
@@ -276,6 +295,12 @@ class SpikeSlabSGHMC(StochasticGradientKernel):
                     )
 
     def _begin_run(self, num_warmup: int):
+        idle = ["inclusion is learned"] * (self.inclusion_rate.beta is not None)
+        idle += ["the spike is widened"] * (self._widening_start > 1)
+        if idle and not num_warmup:
+            warnings.warn(
+                f"SpikeSlabSGHMC: {' and '.join(idle)} in warm-up, and num_warmup=0: neither happens.", stacklevel=3
+            )
         if self._prune_schedule and not num_warmup:
             raise ValueError(
                 "SpikeSlabSGHMC: pruning happens in warm-up, so that all kept draws share a mask; with num_warmup=0"
@@ -285,10 +310,12 @@ class SpikeSlabSGHMC(StochasticGradientKernel):
 
     # ---- one step ---------------------------------------------------------------------------------------------
 
-    def _init_fields(self, rng_key, z):
+    def _init_fields(self, rng_key, z, warmup_steps):
         rate = {name: jnp.asarray(self.inclusion_rate.first, z[name].dtype) for name in self.priors}
         still = jax.tree.map(jnp.zeros_like, z)
-        inclusion = self._e_step(z, rate, self._widening(jnp.int32(0)), rng_key, jnp.ones((), self._dtype))
+        inclusion = self._e_step(
+            z, rate, self._widening(jnp.int32(0), warmup_steps), rng_key, jnp.ones((), self._dtype)
+        )
         fields = {"momentum": still, "inclusion": inclusion, "rate": rate}
         fields |= {"mask": (), "mean_inclusion": (), "mean_square": (), "sparsity": jnp.zeros((), self._dtype)}
         if self._prune_schedule:
@@ -296,8 +323,8 @@ class SpikeSlabSGHMC(StochasticGradientKernel):
             fields |= {"mask": jax.tree.map(jnp.ones_like, z), "mean_inclusion": zeros, "mean_square": zeros}
         return fields
 
-    def _own_gradient(self, state, gradient, i):
-        widening = self._widening(i)
+    def _own_gradient(self, state, gradient, i, warmup_steps):
+        widening = self._widening(i, warmup_steps)
         added = {
             name: gradient[name] + prior.gradient(state.z[name], state.inclusion[name], widening)
             for name, prior in self.priors.items()
@@ -317,18 +344,18 @@ class SpikeSlabSGHMC(StochasticGradientKernel):
         )
         fields = {}
         if self._prune_schedule:
-            fields = self._prune(state, z, step.i)
+            fields = self._prune(state, z, step)
             z, momentum = (jax.tree.map(jnp.multiply, tree, fields["mask"]) for tree in (z, momentum))
         z, momentum = like(z, state.z), like(momentum, state.momentum)
         inclusion, rate = self._e_and_m_step(state, z, step)
         return fields | {"z": z, "momentum": momentum, "inclusion": inclusion, "rate": rate}
 
-    def _widening(self, i: Array) -> Array | float:
+    def _widening(self, i: Array, warmup_steps: Array) -> Array | float:
         """Factor of the spike variance at step ``i``."""
-        steps = _WIDE * self._warmup_steps
-        if self._widening_start == 1 or not steps:
+        if self._widening_start == 1:
             return 1.0
-        return jnp.asarray(self._widening_start, self._dtype) ** (1 - jnp.minimum(i / steps, 1)).astype(self._dtype)
+        narrowed = jnp.where(warmup_steps > 0, i / (_WIDE * jnp.maximum(warmup_steps, 1)), 1)
+        return jnp.asarray(self._widening_start, self._dtype) ** (1 - jnp.minimum(narrowed, 1)).astype(self._dtype)
 
     def _logits(self, z, rate, widening=1.0) -> dict[str, Array]:
         return {name: p.logit(p.groups.total(z[name] ** 2), rate[name], widening) for name, p in self.priors.items()}
@@ -347,19 +374,19 @@ class SpikeSlabSGHMC(StochasticGradientKernel):
             for name, x in logits.items()
         }
 
-    def _m_step(self, i: Array, rate, inclusion) -> dict[str, Array]:
+    def _m_step(self, step, rate, inclusion) -> dict[str, Array]:
         """The learned rate, averaged over the steps of warm-up."""
         if self.inclusion_rate.beta is None:
             return rate
-        weight = jnp.where(i < self._warmup_steps, (100 / (100 + i)) ** 0.75, 0)
+        weight = jnp.where(step.i < step.warmup_steps, (100 / (100 + step.i)) ** 0.75, 0)
         return {n: rate[n] + weight * (self.inclusion_rate.m_step(inclusion[n]) - rate[n]) for n in rate}
 
     def _e_and_m_step(self, state, z, step):
         def both():
             key = random.fold_in(step.key, len(z))
             temperature = jnp.maximum(step.temperature, 1e-6)
-            inclusion = self._e_step(z, state.rate, self._widening(step.i + 1), key, temperature)
-            rate = self._m_step(step.i, state.rate, inclusion)
+            inclusion = self._e_step(z, state.rate, self._widening(step.i + 1, step.warmup_steps), key, temperature)
+            rate = self._m_step(step, state.rate, inclusion)
             return like((inclusion, rate), before)
 
         before = state.inclusion, state.rate
@@ -367,22 +394,22 @@ class SpikeSlabSGHMC(StochasticGradientKernel):
         inclusion, rate = both() if self._every == 1 else lax.cond(due, both, lambda: before)
         if self._prune_schedule:
             # past the pruning the slab alone is left
-            pruned = step.i + 1 >= self._prune_schedule.steps(self._warmup_steps)[1]
+            pruned = step.i + 1 >= self._prune_schedule.steps(step.warmup_steps)[1]
             inclusion = jax.tree.map(lambda p: jnp.where(pruned, 1, p), inclusion)
         return inclusion, rate
 
-    def _prune(self, state, z, i: Array):
+    def _prune(self, state, z, step):
         """The running means of what groups are judged by, and the mask that they lead to."""
         means = state.mean_inclusion, state.mean_square
-        running, due = self.pruner.when(i, self._warmup_steps)
+        running, due = self.pruner.when(step.i, step.warmup_steps)
         means = lax.cond(
             running,
-            lambda: like(self.pruner.observe(means, self._criteria(z, state.rate), i, self._warmup_steps), means),
+            lambda: like(self.pruner.observe(means, self._criteria(z, state.rate), step.i, step.warmup_steps), means),
             lambda: means,
         )
         before = state.mask, state.sparsity
         mask, sparsity = lax.cond(
-            due, lambda: like(self.pruner.prune(state.mask, *means, i, self._warmup_steps), before), lambda: before
+            due, lambda: like(self.pruner.prune(state.mask, *means, step.i, step.warmup_steps), before), lambda: before
         )
         return {"mask": mask, "sparsity": sparsity, "mean_inclusion": means[0], "mean_square": means[1]}
 
@@ -396,8 +423,3 @@ class SpikeSlabSGHMC(StochasticGradientKernel):
 
     def _tree_groups(self, mcmc):
         return inclusion_groups(mcmc)
-
-
-def _literal(name: str) -> str:
-    """A pattern that matches this name alone."""
-    return "".join(f"[{c}]" if c in "*?[" else c for c in name)
