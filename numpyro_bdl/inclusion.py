@@ -195,6 +195,12 @@ def warn_of_failures(mcmc) -> None:
                 " hardly returns. Give a fixed rate, a Beta with less weight on 0, a spike_widening, or more warm-up.",
                 stacklevel=3,
             )
+    if state.mask and kernel.prunes and not np.any(np.asarray(state.sparsity)):
+        warnings.warn(
+            "Nothing was pruned: no group met the criterion. Raise the threshold or the sparsity, or look for a"
+            " chain that does not move.",
+            stacklevel=3,
+        )
     if state.mask:
         least = kernel.pruner.schedule.min_keep
         for name, kept in kept_groups(mcmc).items():

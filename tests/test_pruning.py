@@ -46,6 +46,18 @@ def test_ties_are_broken_by_the_mean_square():
     np.testing.assert_array_equal(np.flatnonzero(~stays), np.sort(np.argsort(square["b"])[:2]))
 
 
+def test_ranks_are_those_of_both_criteria():
+    rng = np.random.default_rng(0)
+    inclusion = np.repeat(10.0 ** rng.uniform(-30, 0, 40), 5)
+    square = 10.0 ** rng.uniform(-6, 3, 200)
+    rank = np.asarray(pruning._rank(jnp.ones(200, bool), jnp.asarray(inclusion), jnp.asarray(square)))
+    order, exact = np.argsort(rank), np.lexsort((square, inclusion))
+    np.testing.assert_allclose(inclusion[order], inclusion[exact], rtol=0.005)
+    np.testing.assert_allclose(square[order], square[exact], rtol=0.005)
+    gone = pruning._rank(jnp.arange(3) > 0, jnp.zeros(3), jnp.zeros(3))
+    np.testing.assert_array_equal(gone, [0, 1, 1])
+
+
 def test_groups_count_by_their_weights():
     groups = partition("test", {"a": "neuron_out", "b": "unstructured"}, SHAPES)
     kept, _, square = criteria(groups)

@@ -194,6 +194,11 @@ class SpikeSlabSGHMC(StochasticGradientKernel):
         """The groups of each site, in the last run."""
         return {name: prior.groups for name, prior in self.priors.items()}
 
+    @property
+    def prunes(self) -> bool:
+        """Whether a threshold or a target above 0 asks for pruning."""
+        return self._prune_schedule is not None and self._target != 0
+
     # ---- before a run -----------------------------------------------------------------------------------------
 
     def _meet_model(self, potential: Potential):
@@ -390,13 +395,16 @@ class SpikeSlabSGHMC(StochasticGradientKernel):
             return like((inclusion, rate), before)
 
         before = state.inclusion, state.rate
-        due = (step.i + 1) % self._every == 0
-        inclusion, rate = both() if self._every == 1 else lax.cond(due, both, lambda: before)
-        if self._prune_schedule:
-            # past the pruning the slab alone is left
-            pruned = step.i + 1 >= self._prune_schedule.steps(step.warmup_steps)[1]
-            inclusion = jax.tree.map(lambda p: jnp.where(pruned, 1, p), inclusion)
-        return inclusion, rate
+        if self._every > 1:
+            due = (step.i + 1) % self._every == 0
+            steps = lambda: lax.cond(due, both, lambda: before)
+        else:
+            steps = both
+        if not self._prune_schedule:
+            return steps()
+        # past the pruning the slab alone is left
+        pruned = step.i + 1 >= self._prune_schedule.steps(step.warmup_steps)[1]
+        return lax.cond(pruned, lambda: (jax.tree.map(jnp.ones_like, state.inclusion), state.rate), steps)
 
     def _prune(self, state, z, step):
         """The running means of what groups are judged by, and the mask that they lead to."""

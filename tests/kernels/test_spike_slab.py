@@ -316,6 +316,16 @@ def test_pruning_resumes_from_a_saved_state(e_step):
         np.testing.assert_array_equal(value, whole.get_samples(group_by_chain=True)[name][:, 4:])
 
 
+def test_a_threshold_that_prunes_nothing_is_told():
+    kernel = bdl.SpikeSlabSGHMC(
+        regression, step_size=1e-3, groups=W, spike_variance=1e-3, prune_schedule=pruning.threshold(0.006)
+    )
+    x = SIX[0]
+    mcmc = run(kernel, x, 10 * x.sum(1))
+    with pytest.warns(UserWarning, match="Nothing was pruned"):
+        bdl.inclusion_probabilities(mcmc)
+
+
 def test_a_threshold_prunes_what_lies_below_it():
     mcmc = pruned_run(
         sparsity=None, prune_schedule=pruning.threshold(0.1), groups={"net/Dense_0.kernel": "neuron_out"}, key=3
