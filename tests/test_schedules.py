@@ -126,10 +126,10 @@ def test_exploration_of_a_run_is_gradient_descent():
     kernel = bdl.SGLD(model, step_size=schedule)
     state = kernel.init(random.key(0), 0, {"x": jnp.array(5.0)}, (), {})
     for i in range(9):
-        state = kernel._step(state, jnp.int32(i), (), {})
+        state = kernel._step(state, jnp.int32(i), jnp.int32(0), (), {})
     descended = 5.0 * np.prod([1 - float(schedule(i)) for i in range(9)])
     assert float(state.z["x"]) == pytest.approx(descended, rel=1e-5)
-    assert float(kernel._step(state, jnp.int32(9), (), {}).z["x"]) != pytest.approx(descended, rel=1e-3)
+    assert float(kernel._step(state, jnp.int32(9), jnp.int32(0), (), {}).z["x"]) != pytest.approx(descended, rel=1e-3)
 
 
 # ---- cyclical: refusals -------------------------------------------------------------------------------------------
