@@ -175,10 +175,10 @@ def inclusion_groups(mcmc) -> dict[str, tuple[dict, dict, dict, list[str]]]:
 
 
 def warn_of_failures(mcmc) -> None:
-    """Tell of a preconditioner against the spike, a rate at its floor, and a site that pruning all but emptied."""
+    """Warn of steps too long for the spike, a rate at its floor, and pruning of nothing or of nearly a whole site."""
     kernel, state = mcmc.sampler, mcmc.last_state
-    diagonal = kernel._preconditioner.diagonal(state.preconditioner, state.z)
     if kernel._preconditioner.adapts:
+        diagonal = kernel._preconditioner.diagonal(state.preconditioner, state.z)
         for name, prior in kernel.priors.items():
             share = kernel.stiffness(prior.spike) * float(np.max(diagonal[name]))
             if share >= 0.5:

@@ -133,7 +133,7 @@ def sites_without_scale(potential: Potential, names: tuple[str, ...]) -> frozens
         network, path = potential.network[name]
         layer = [k for k, (owner, other) in potential.network.items() if (owner, other[:-1]) == (network, path[:-1])]
         change = abs(energy(z | {k: 2 * z[k] for k in layer}, mutable) - before)
-        turned = abs(energy(z | {k: -z[k][::-1] for k in layer}, mutable) - before)
+        turned = abs(energy(z | {k: -jnp.flip(z[k]) for k in layer}, mutable) - before)
         return change < 1e-2 * turned
 
     starts = [(*start, energy(*start)) for start in (_start(potential, n) for n in range(3))]

@@ -98,6 +98,38 @@ def threshold(mean_square: float, start: float = 0.1, end: float = 0.7, min_keep
     return Threshold(start, end, min_keep, mean_square)
 
 
+def check_schedule(
+    owner: str, target: float | None, schedule: Cubic | Threshold | None, narrow: float
+) -> Cubic | Threshold | None:
+    """The schedule of a kernel from its arguments.
+
+    :param narrow: The part of the warm-up after which the spike has its variance.
+    :raises ValueError: for :func:`cubic` without a target, or :func:`threshold` with one, or a start before ``narrow``.
+    :raises TypeError: for anything else.
+    """
+    if schedule is None:
+        return None if target is None else cubic(start=max(0.1, narrow))
+    if not isinstance(schedule, (Cubic, Threshold)):
+        raise TypeError(
+            f"{owner}: prune_schedule must be pruning.cubic(...) or pruning.threshold(...), got"
+            f" {type(schedule).__name__}."
+        )
+    if schedule.start < narrow:
+        raise ValueError(
+            f"{owner}: pruning starts at {schedule.start:g} of the warm-up, but with spike_widening the spike is wide"
+            f" until {narrow:g}, and what is useful can't be told before. Give the schedule a start of"
+            f" {narrow:g} or more."
+        )
+    if isinstance(schedule, Cubic) and target is None:
+        raise ValueError(f"{owner}: pruning.cubic() needs a target_sparsity.")
+    if isinstance(schedule, Threshold) and target is not None:
+        raise ValueError(
+            f"{owner}: target_sparsity={target:g} is given beside pruning.threshold(...), which has no target; leave"
+            " one out."
+        )
+    return schedule
+
+
 # ---- which ----------------------------------------------------------------------------------------------------------
 
 
@@ -390,35 +422,3 @@ def _shrink(name: str, layer: dict, following: str, reader: dict, activation) ->
         moved = np.einsum("puo,u->o", by_unit, np.where(gone, value, 0))
         smaller["bias"] = jnp.asarray(reader["bias"]) + jnp.asarray(moved, read.dtype)
     return {name: small, following: smaller}
-
-
-def check_schedule(
-    owner: str, target: float | None, schedule: Cubic | Threshold | None, narrow: float
-) -> Cubic | Threshold | None:
-    """The schedule of a kernel from its arguments.
-
-    :param narrow: The part of the warm-up after which the spike has its variance.
-    :raises ValueError: for :func:`cubic` without a target, or :func:`threshold` with one, or a start before ``narrow``.
-    :raises TypeError: for anything else.
-    """
-    if schedule is None:
-        return None if target is None else cubic(start=max(0.1, narrow))
-    if not isinstance(schedule, (Cubic, Threshold)):
-        raise TypeError(
-            f"{owner}: prune_schedule must be pruning.cubic(...) or pruning.threshold(...), got"
-            f" {type(schedule).__name__}."
-        )
-    if schedule.start < narrow:
-        raise ValueError(
-            f"{owner}: pruning starts at {schedule.start:g} of the warm-up, but with spike_widening the spike is wide"
-            f" until {narrow:g}, and what is useful can't be told before. Give the schedule a start of"
-            f" {narrow:g} or more."
-        )
-    if isinstance(schedule, Cubic) and target is None:
-        raise ValueError(f"{owner}: pruning.cubic() needs a target_sparsity.")
-    if isinstance(schedule, Threshold) and target is not None:
-        raise ValueError(
-            f"{owner}: target_sparsity={target:g} is given beside pruning.threshold(...), which has no target; leave"
-            " one out."
-        )
-    return schedule

@@ -3,16 +3,15 @@
 
 r"""SGHMC under a spike-and-slab prior on groups of weights, with pruning.
 
-A group g of m weights has the prior :math:`\theta N(0, s_1 I) + (1 - \theta) N(0, s_0 I)` with :math:`s_0 \ll s_1`. The
-E-step and the gradient of the prior's energy are
-
 .. math::
 
-    \operatorname{logit} p_g &= \operatorname{logit} \theta + \frac m2 \log \frac{s_0}{s_1}
-        + \frac{\|w_g\|^2}{2} \Bigl(\frac{1}{s_0} - \frac{1}{s_1}\Bigr) \\
-    - \nabla \log p(w_g) &= \Bigl(\frac{p_g}{s_1} + \frac{1 - p_g}{s_0}\Bigr) w_g
+    p_g &\leftarrow P(\gamma_g = 1 \mid w_g, \theta), \qquad d_g = \frac{p_g}{s_1} + \frac{1 - p_g}{s_0} \\
+    v &\leftarrow b v - a \bigl(\nabla \hat U(w) + d \, w\bigr) + \sqrt{2 (1 - b) a T / P} \, \xi \\
+    w &\leftarrow m (w + P v)
 
-the latter exactly, as long as p is that of the current weights. The rest is SGHMC.
+with U without the prior of the groups, and the mask m, all ones without pruning. The formulas of p, d and
+:math:`\theta` are in :mod:`numpyro_bdl.inclusion`; the step of v and w is
+:func:`~numpyro_bdl.kernels.sghmc.sghmc_step`; the mask is that of :mod:`numpyro_bdl.pruning`.
 
 Source: Ke and Fan, *On the optimization and pruning for Bayesian deep learning*, 2022 (arXiv 2210.12957), for the
 combination; Rockova and George, *EMVS*, JASA 2014, for E- and M-step. The dynamics are not those of the paper's code.
@@ -350,7 +349,7 @@ class SpikeSlabSGHMC(StochasticGradientKernel):
         fields = {}
         if self._prune_schedule:
             fields = self._prune(state, z, step)
-            z, momentum = (jax.tree.map(jnp.multiply, tree, fields["mask"]) for tree in (z, momentum))
+            z, momentum = (x | {n: x[n] * fields["mask"][n] for n in self.priors} for x in (z, momentum))
         z, momentum = like(z, state.z), like(momentum, state.momentum)
         inclusion, rate = self._e_and_m_step(state, z, step)
         return fields | {"z": z, "momentum": momentum, "inclusion": inclusion, "rate": rate}
@@ -362,12 +361,9 @@ class SpikeSlabSGHMC(StochasticGradientKernel):
         narrowed = jnp.where(warmup_steps > 0, i / (_WIDE * jnp.maximum(warmup_steps, 1)), 1)
         return jnp.asarray(self._widening_start, self._dtype) ** (1 - jnp.minimum(narrowed, 1)).astype(self._dtype)
 
-    def _logits(self, z, rate, widening=1.0) -> dict[str, Array]:
-        return {name: p.logit(p.groups.total(z[name] ** 2), rate[name], widening) for name, p in self.priors.items()}
-
     def _e_step(self, z, rate, widening, key, temperature) -> dict[str, Array]:
         """The inclusion of every group at a position."""
-        logits = self._logits(z, rate, widening)
+        logits = {n: p.logit(p.groups.total(z[n] ** 2), rate[n], widening) for n, p in self.priors.items()}
         if self._e_step_kind == "soft":
             return jax.tree.map(jax.nn.sigmoid, logits)
         if self._e_step_kind == "hard":
