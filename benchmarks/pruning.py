@@ -171,8 +171,8 @@ TASKS = {
         batch=128,
         steps_per_draw=24,
         groups={kind: dict.fromkeys(HIDDEN, kind) for kind in ("unstructured", "neuron_out")},
-        sparsities={"unstructured": (0.95, 0.98), "neuron_out": (0.5, 0.7)},
-        seeds=3,
+        sparsities={"unstructured": (0.9, 0.95, 0.98), "neuron_out": (0.5, 0.7)},
+        seeds=5,
         tuning_seeds=1,
     ),
     "mnist-conv": Task(  # 7.7 epochs
@@ -185,8 +185,8 @@ TASKS = {
             "unstructured": dict.fromkeys((*CONVOLUTIONS, "Dense_0.kernel"), "unstructured"),
             "filter": dict.fromkeys(CONVOLUTIONS, "filter"),
         },
-        sparsities={"unstructured": (0.98,), "filter": (0.7,)},
-        seeds=3,
+        sparsities={"unstructured": (0.9, 0.95, 0.98), "filter": (0.5, 0.7)},
+        seeds=5,
         tuning_seeds=1,
     ),
 }
@@ -215,6 +215,7 @@ TRIALS = {
     "ours": [
         *(Settings(RATES[a], DECAYS[b], RATIOS[(a + b) % 3], TEMPERATURES[(2 * a + b) % 3]) for a, b in GRID),
         *(Settings(rate, 5e-4, ratio, 1e-3) for rate, ratio in ((0.3, 10), (0.3, 100), (0.6, 10))),
+        Settings(0.3, 2e-3, 10, 1e-3),
     ],
 }
 # Those of the least NLL of the last network, unstructured at 95 %; structured groups and the conv net take them over.
