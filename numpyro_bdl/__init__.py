@@ -8,6 +8,7 @@ from importlib.metadata import version as _version
 from numpyro_bdl import metrics as metrics
 from numpyro_bdl import preconditioners as preconditioners
 from numpyro_bdl import pruning as pruning
+from numpyro_bdl import symmetry as symmetry
 from numpyro_bdl.datatree import to_datatree as to_datatree
 from numpyro_bdl.inclusion import inclusion_probabilities as inclusion_probabilities
 from numpyro_bdl.kernels import SGHMC as SGHMC
@@ -17,6 +18,7 @@ from numpyro_bdl.kernels import FlatBasinSGLD as FlatBasinSGLD
 from numpyro_bdl.kernels import PerturbedSGLD as PerturbedSGLD
 from numpyro_bdl.kernels import SpikeSlabSGHMC as SpikeSlabSGHMC
 from numpyro_bdl.kernels import StochasticGradientKernel as StochasticGradientKernel
+from numpyro_bdl.kernels import SymmetryRestricted as SymmetryRestricted
 from numpyro_bdl.predictive import PosteriorPredictive as PosteriorPredictive
 from numpyro_bdl.schedules import cyclical as cyclical
 

@@ -83,8 +83,9 @@ class StochasticGradientKernel(MCMCKernel):
     The base finds the energy, chooses the rows, takes the gradient, schedules step and temperature, adapts the
     preconditioner, carries mutable collections and keeps watch over bad gradients. A kernel says what its state holds
     besides, in :meth:`_init_fields`, and how a gradient moves it, in :meth:`_update`. It may also say where the
-    gradient is taken (:meth:`_gradient_point`), add terms to the energy (:meth:`_own_gradient`), study the model
-    (:meth:`_meet_model`), refuse a run (:meth:`_begin_run`) and add groups to a DataTree (:meth:`_tree_groups`).
+    gradient is taken (:meth:`_gradient_point`), add terms to the energy (:meth:`_own_gradient`), derive state fields
+    from the position for whoever moves it (:meth:`_derived`), study the model (:meth:`_meet_model`), refuse a run
+    (:meth:`_begin_run`) and add groups to a DataTree (:meth:`_tree_groups`).
     Kernels are final: none overrides what another defines.
 
     One draw is ``steps_per_draw`` gradient steps, compiled as one loop; ``num_warmup``, ``num_samples`` and
@@ -110,6 +111,8 @@ class StochasticGradientKernel(MCMCKernel):
     State: ClassVar[Any] = SGState
     parameter_fields: tuple[str, ...] = ()
     """State fields shaped like the position. Whoever transforms the position transforms these too."""
+    magnitude_fields: tuple[str, ...] = ()
+    """Those of them that have no sign, as a variance or a mask."""
 
     def __init__(
         self,
@@ -161,6 +164,10 @@ class StochasticGradientKernel(MCMCKernel):
     def _own_gradient(self, state, gradient: Position, i: Array, warmup_steps: Array) -> Position:
         """The gradient with that of the terms which the kernel adds to the energy."""
         return gradient
+
+    def _derived(self, state) -> dict[str, Any]:
+        """The state fields that follow from the position."""
+        return {}
 
     def _meet_model(self, potential: Potential) -> None:
         """What the kernel has to learn of the model, or to refuse in it, before a run."""

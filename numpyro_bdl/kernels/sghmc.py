@@ -109,7 +109,8 @@ class SGHMC(StochasticGradientKernel):
             )
         self._friction = 1 - momentum
         self._noise_correction = bool(noise_correction)
-        self.parameter_fields = ("momentum", *(("gradient_noise",) if noise_correction else ()))
+        self.magnitude_fields = ("gradient_noise",) if noise_correction else ()
+        self.parameter_fields = ("momentum", *self.magnitude_fields)
 
     @property
     def default_fields(self):

@@ -175,7 +175,8 @@ class SpikeSlabSGHMC(StochasticGradientKernel):
         self._target = target_sparsity
         narrow = _WIDE if spike_widening > 1 else 0.0
         self._prune_schedule = pruning.check_schedule(owner, target_sparsity, prune_schedule, narrow)
-        self.parameter_fields = ("momentum", *(("mask",) if self._prune_schedule else ()))
+        self.magnitude_fields = ("mask",) if self._prune_schedule else ()
+        self.parameter_fields = ("momentum", *self.magnitude_fields)
         if not callable(self._temperature) and self._temperature != 1:
             warnings.warn(
                 f"{owner}: at temperature={self._temperature:g} draws and inclusion probabilities are those of a"
@@ -326,6 +327,14 @@ class SpikeSlabSGHMC(StochasticGradientKernel):
             zeros = jax.tree.map(jnp.zeros_like, inclusion)
             fields |= {"mask": jax.tree.map(jnp.ones_like, z), "mean_inclusion": zeros, "mean_square": zeros}
         return fields
+
+    def _derived(self, state):
+        widening, key = self._widening(state.i, state.warmup_steps), random.fold_in(state.rng_key, len(state.z))
+        inclusion = self._e_step(state.z, state.rate, widening, key, jnp.maximum(state.temperature, 1e-6))
+        if self._prune_schedule:
+            pruned = state.i >= self._prune_schedule.steps(state.warmup_steps)[1]
+            inclusion = jax.tree.map(lambda p: jnp.where(pruned, 1, p), inclusion)
+        return {"inclusion": like(inclusion, state.inclusion)}
 
     def _own_gradient(self, state, gradient, i, warmup_steps):
         widening = self._widening(i, warmup_steps)

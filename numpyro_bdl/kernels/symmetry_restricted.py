@@ -1,0 +1,312 @@
+# Copyright Contributors to the numpyro_bdl project.
+# SPDX-License-Identifier: Apache-2.0
+
+r"""Chains on the reference set of a network: one representative of each set of equivalent parameters.
+
+With c(z) the canonical form of a position, h_z the element that leads to it, K the inner kernel and g a uniform draw
+from the symmetry group:
+
+.. math::
+
+    \text{record:} \quad z \leftarrow K(z), \quad \text{kept: } c(z)
+    \qquad\qquad
+    \text{state:} \quad z \leftarrow c(K(g z))
+
+The law of c(z) is the posterior restricted to the reference set and normalized there: the push-forward of the posterior
+under c. In ``state``, z has that law, so g z has the posterior, which K keeps.
+
+Source: Wiese et al., *Towards efficient MCMC sampling in Bayesian neural networks by exploiting symmetry*, ECML PKDD
+2023 (arXiv 2304.02902), for the reference set; the canonical form and the chains are not those of the paper's code.
+"""
+
+from collections import namedtuple
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import random
+from numpyro.infer.mcmc import MCMCKernel
+
+from numpyro_bdl._checks import check_choice
+from numpyro_bdl.kernels.base import StochasticGradientKernel
+from numpyro_bdl.potential import Potential
+from numpyro_bdl.symmetry.action import DOMAINS, Element, apply, canonical_element, random_element, telling_elements
+from numpyro_bdl.symmetry.find import groups_of
+from numpyro_bdl.symmetry.groups import UnitGroups, leaves
+
+MODES = ("record", "state")
+
+
+class SymmetryState(namedtuple("SymmetryState", ["state", "unfolded"])):
+    """The state of the inner kernel, whose fields are those of this one too.
+
+    - **state** - the inner state, folded: its position, and all that goes with it, in canonical form.
+    - **unfolded** - the fields before the fold, from which the chain goes on; {} in the mode ``"state"``.
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.state, name)
+
+    def _replace(self, **fields: Any) -> "SymmetryState":
+        return SymmetryState(self.state._replace(**fields), self.unfolded)
+
+
+class SymmetryRestricted(MCMCKernel):
+    """Around any kernel: draws on the symmetry-free reference set of the network.
+
+    Of a hidden layer of M tanh units there are :math:`M! 2^M` equivalent copies in the posterior, and where a chain is
+    among them says nothing. Folding all draws onto one copy leaves the law of every prediction as it is, makes weights
+    of different chains comparable as far as they can be, and keeps functional modes apart.
+
+    All that is recorded is folded by the element of its position: state fields shaped like it (an anchor, a gradient, a
+    mask) and mutable collections. Masks and inclusion probabilities belong to each draw then, as its units do.
+
+    :param kernel: A kernel of this package, NUTS, HMC, or any other that has a position in ``z``.
+    :param groups: From :func:`~numpyro_bdl.symmetry.find_model_groups`, or written by hand. None finds those of the
+        model when a run starts.
+    :param domain: Which representative: see :func:`~numpyro_bdl.symmetry.canonicalize`.
+    :param mode: ``"record"`` folds what is recorded, and is exact for every kernel. ``"state"`` moves the chain itself
+        to a random copy before each draw and folds it after, which mixes over copies; it is exact for HMC and NUTS, and
+        for the kernels of this package without a preconditioner, and refused for others. What adapts in warm-up then
+        sees all copies.
+    :raises TypeError: if ``kernel`` is no MCMC kernel.
+    :raises ValueError: for arguments out of range, for a mode that would not be exact; and, when a run starts, for a
+        prior that a group does not leave as it is.
+
+    **Example**
+
+    .. doctest::
+
+        >>> import jax.numpy as jnp, numpyro, numpyro.distributions as dist
+        >>> from flax import linen as nn
+        >>> from jax import random
+        >>> from numpyro.contrib.module import random_flax_module
+        >>> from numpyro.infer import MCMC, NUTS
+        >>> import numpyro_bdl as bdl
+        >>> def model(x, y):
+        ...     net = random_flax_module("net", nn.Sequential([nn.Dense(3), jnp.tanh, nn.Dense(1)]),
+        ...                              dist.Normal(0, 1), input_shape=(1, 1))
+        ...     with numpyro.plate("data", len(x)):
+        ...         numpyro.sample("y", dist.Normal(net(x)[:, 0], 0.1), obs=y)
+        >>> x = jnp.linspace(-1, 1, 20)[:, None]
+        >>> kernel = bdl.SymmetryRestricted(NUTS(model, max_tree_depth=4))
+        >>> mcmc = MCMC(kernel, num_warmup=20, num_samples=20, progress_bar=False)
+        >>> mcmc.run(random.key(0), x, jnp.sin(3 * x[:, 0]))
+        >>> print(kernel.unit_groups)
+        group         units  signs  pointwise  axes
+        net/layers_0  3      yes    odd        net/layers_0.kernel[1], net/layers_0.bias[0], net/layers_2.kernel[0]
+        equivalent copies: 10^1.7
+        >>> biases = mcmc.get_samples()["net/layers_0.bias"]
+        >>> bool((biases[:, 0] > 0).all()), bool((jnp.diff(biases, axis=1) > 0).all())
+        (True, True)
+
+    **References:** Wiese et al., ECML PKDD 2023 (arXiv 2304.02902), section on the reference set.
+    """
+
+    def __init__(
+        self, kernel: MCMCKernel, groups: UnitGroups | None = None, *, domain: str = "bias", mode: str = "record"
+    ):
+        if not isinstance(kernel, MCMCKernel):
+            raise TypeError(f"SymmetryRestricted needs an MCMC kernel, got {type(kernel).__name__}.")
+        if groups is not None and not isinstance(groups, UnitGroups):
+            raise TypeError(
+                "SymmetryRestricted: groups must come from symmetry.find_groups, or be written as UnitGroups.of(...),"
+                f" got {type(groups).__name__}."
+            )
+        check_choice("SymmetryRestricted", "domain", domain, DOMAINS)
+        check_choice("SymmetryRestricted", "mode", mode, MODES)
+        self.kernel: Any = kernel
+        self.domain, self.mode = domain, mode
+        self._user_groups = groups
+        self._unit_groups: UnitGroups | None = groups
+        self._found_for: Any = None
+        if mode == "state":
+            self._refuse_state()
+
+    def __getattr__(self, name: str) -> Any:
+        # what the library asks of a kernel it asks of the one inside
+        if name == "kernel" or name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self.kernel, name)
+
+    @property
+    def unit_groups(self) -> UnitGroups:
+        """The groups of units, found when a run starts."""
+        if self._unit_groups is None:
+            raise RuntimeError("SymmetryRestricted has not met its model's arguments yet; run MCMC first.")
+        return self._unit_groups
+
+    # ---- what moves with the position -------------------------------------------------------------------------
+
+    def _vectors(self, state) -> tuple[str, ...]:
+        """State fields that an element permutes and flips."""
+        named = ("z", "z_grad", *getattr(self.kernel, "parameter_fields", ()))
+        return tuple(n for n in named if n not in self._magnitudes() and isinstance(getattr(state, n, None), dict))
+
+    def _magnitudes(self) -> tuple[str, ...]:
+        """State fields that an element permutes: what has no sign."""
+        return getattr(self.kernel, "magnitude_fields", ())
+
+    def _moved(self, state, element: Element) -> dict[str, Any]:
+        """The state fields that an element changes."""
+        fields = {name: apply(element, getattr(state, name)) for name in self._vectors(state)}
+        fields |= {name: apply(element, getattr(state, name), signs=False) for name in self._magnitudes()}
+        if jax.tree.leaves(getattr(state, "mutable", ())):
+            fields["mutable"] = apply(element, state.mutable)
+        if isinstance(self.kernel, StochasticGradientKernel):
+            derive = self.kernel._derived
+            fields |= (jax.vmap(derive) if jnp.ndim(state.i) else derive)(state._replace(**fields))
+        return fields
+
+    def _fold(self, state) -> SymmetryState:
+        if not self.unit_groups.groups:
+            return SymmetryState(state, {})
+        tree = state.z | (state.mutable if jax.tree.leaves(getattr(state, "mutable", ())) else {})
+        fields = self._moved(state, canonical_element(tree, self.unit_groups, self.domain))
+        before = {name: getattr(state, name) for name in fields} if self.mode == "record" else {}
+        return SymmetryState(state._replace(**fields), before)
+
+    def _unfold(self, state: SymmetryState):
+        inner = state.state._replace(**state.unfolded)
+        if self.mode == "record" or not self.unit_groups.groups:
+            return inner
+        draw = lambda key: random_element(random.fold_in(key, 1), self.unit_groups)
+        element = (jax.vmap(draw) if jnp.ndim(inner.i) else draw)(inner.rng_key)
+        return inner._replace(**self._moved(inner, element))
+
+    # ---- NumPyro's contract -----------------------------------------------------------------------------------
+
+    @property
+    def sample_field(self) -> str:
+        """The state field that is the position."""
+        return self.kernel.sample_field
+
+    @property
+    def default_fields(self) -> tuple[str, ...]:
+        """The state fields that MCMC collects."""
+        return self.kernel.default_fields
+
+    @property
+    def is_ensemble_kernel(self) -> bool:
+        """Whether the inner kernel moves its chains together."""
+        return self.kernel.is_ensemble_kernel
+
+    def init(self, rng_key, num_warmup, init_params, model_args, model_kwargs):
+        """The first state of a chain, or of a batch of chains; see NumPyro's MCMCKernel."""
+        state = self.kernel.init(rng_key, num_warmup, init_params, model_args, model_kwargs)
+        if getattr(self.kernel, "sample_field", None) != "z" or not isinstance(state.z, dict):
+            raise ValueError(
+                f"SymmetryRestricted needs a kernel whose position is a dict of sites in the field 'z', which"
+                f" {type(self.kernel).__name__} has not."
+            )
+        self._meet(state, model_args, model_kwargs or {})
+        return self._fold(state)
+
+    def sample(self, state, model_args, model_kwargs):
+        """The state one draw later; see NumPyro's MCMCKernel."""
+        return self._fold(self.kernel.sample(self._unfold(state), model_args, model_kwargs))
+
+    def postprocess_fn(self, model_args, model_kwargs):
+        """That of the inner kernel, which is given folded positions."""
+        return self.kernel.postprocess_fn(model_args, model_kwargs)
+
+    def get_diagnostics_str(self, state) -> str:
+        """The text behind the progress bar."""
+        return self.kernel.get_diagnostics_str(state.state)
+
+    # ---- the model at hand ------------------------------------------------------------------------------------
+
+    def _refuse_state(self) -> None:
+        name, why = type(self.kernel).__name__, None
+        if isinstance(self.kernel, StochasticGradientKernel):
+            if self.kernel._preconditioner.adapts:
+                why = "its preconditioner adapts, and is not the same for all units"
+            elif self.kernel.magnitude_fields:
+                why = f"it keeps {', '.join(self.kernel.magnitude_fields)}, which differ from unit to unit"
+        elif name not in ("HMC", "NUTS"):
+            why = "only HMC, NUTS and the kernels of this package are known to be exact there"
+        if why:
+            raise ValueError(_not_exact(name, why))
+
+    def _meet(self, state, args: tuple, kwargs: dict) -> None:
+        potential = getattr(self.kernel, "_potential", None)
+        if potential is None and getattr(self.kernel, "model", None) is not None:
+            potential = Potential(self.kernel.model, args, kwargs)
+        z = jax.tree.map(lambda x: x[0], state.z) if jnp.ndim(state.i) else state.z
+        shapes = {name: np.shape(value) for name, value in z.items()}
+        if self._user_groups is None:
+            if potential is None:
+                raise ValueError(
+                    "SymmetryRestricted: a kernel with a potential_fn has no model in which to find groups of units;"
+                    " write them as groups=UnitGroups.of(...)."
+                )
+            if self._found_for != shapes:
+                self._unit_groups, self._found_for = groups_of(potential), shapes
+        self._check_groups(shapes, state)
+        one = jax.tree.map(lambda x: x[0], state) if jnp.ndim(state.i) else state
+        self._check_target(one, z, potential, args, kwargs)
+        if self.mode == "state" and isinstance(self.kernel, StochasticGradientKernel):
+            self._check_preconditioner(one)
+
+    def _check_preconditioner(self, state) -> None:
+        diagonal = self.kernel._preconditioner.diagonal(state.preconditioner, state.z)
+        diagonal = {name: jnp.broadcast_to(p, state.z[name].shape) for name, p in diagonal.items()}
+        moved = apply(random_element(random.key(1), self.unit_groups), diagonal, signs=False)
+        for name, p in diagonal.items():
+            if not np.array_equal(p, moved[name]):
+                why = f"its preconditioner differs between units that can be exchanged, at the site '{name}'"
+                raise ValueError(_not_exact(type(self.kernel).__name__, why))
+
+    def _check_groups(self, shapes: dict[str, tuple], state) -> None:
+        known = shapes | {
+            "/".join(path): np.shape(leaf) for path, leaf in leaves(getattr(state, "mutable", {})).items()
+        }
+        for path, _ in self.unit_groups.shapes:
+            if "/".join(path) not in known:
+                raise ValueError(
+                    f"SymmetryRestricted: the groups name '{'/'.join(path)}', which is no site of the model; its sites"
+                    f" are: {', '.join(shapes)}."
+                )
+
+    def _check_target(self, state, z, potential: Potential | None, args: tuple, kwargs: dict) -> None:
+        """The gradient at an equivalent position must be the equivalent gradient, in every coordinate."""
+
+        @jax.jit
+        def gradient(z):
+            if potential is None:
+                return jax.grad(self.kernel._potential_fn)(z)
+            mutable = getattr(state, "mutable", {})
+            prior = lambda z: potential.energies(z, {}, random.key(0), mutable, args, kwargs)[0].prior
+            found = jax.grad(prior)(z)
+            if isinstance(self.kernel, StochasticGradientKernel):
+                there = state._replace(z=z)
+                there = there._replace(**self.kernel._derived(there))
+                found = self.kernel._own_gradient(there, found, state.i, state.warmup_steps)
+            return found
+
+        keys = random.split(random.key(0), len(z))
+        z = {n: x + random.uniform(k, x.shape, x.dtype, 0.1, 1.0) for (n, x), k in zip(z.items(), keys, strict=True)}
+        for group in self.unit_groups:
+            at_z = gradient(z)
+            for element in telling_elements(random.key(1), self.unit_groups.only(group.name)):
+                self._compare(group.name, apply(element, at_z), gradient(apply(element, z)))
+
+    @staticmethod
+    def _compare(group: str, expected: dict, found: dict) -> None:
+        for name, value in expected.items():
+            scale = 1e-6 + np.max(np.abs(value), initial=0)
+            if not np.max(np.abs(value - found[name]), initial=0) <= 1e-3 * scale:
+                raise ValueError(
+                    f"SymmetryRestricted: the prior is not the same for equivalent networks: an element of the group"
+                    f" '{group}' changes it at the site '{name}'. Its units need one law, symmetric about 0 if their"
+                    " signs are flipped. Give them one, or leave the group out:"
+                    " groups=find_model_groups(...).only(...)."
+                )
+
+
+def _not_exact(kernel: str, why: str) -> str:
+    return (
+        f'SymmetryRestricted: mode="state" would not leave the posterior invariant with {kernel}: {why}. Use'
+        ' mode="record", which is exact for any kernel.'
+    )

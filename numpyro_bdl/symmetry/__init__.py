@@ -1,0 +1,17 @@
+# Copyright Contributors to the numpyro_bdl project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Symmetries of networks: units that can be exchanged, canonical forms, and how many copies there are."""
+
+from numpyro_bdl.symmetry.action import Element as Element
+from numpyro_bdl.symmetry.action import apply as apply
+from numpyro_bdl.symmetry.action import canonical_element as canonical_element
+from numpyro_bdl.symmetry.action import canonicalize as canonicalize
+from numpyro_bdl.symmetry.action import random_element as random_element
+from numpyro_bdl.symmetry.find import find_groups as find_groups
+from numpyro_bdl.symmetry.find import find_model_groups as find_model_groups
+from numpyro_bdl.symmetry.groups import UnitGroup as UnitGroup
+from numpyro_bdl.symmetry.groups import UnitGroups as UnitGroups
+from numpyro_bdl.symmetry.groups import Units as Units
+from numpyro_bdl.symmetry.groups import cardinality as cardinality
+from numpyro_bdl.symmetry.groups import log_cardinality as log_cardinality

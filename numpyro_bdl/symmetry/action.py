@@ -1,0 +1,305 @@
+# Copyright Contributors to the numpyro_bdl project.
+# SPDX-License-Identifier: Apache-2.0
+
+r"""The action of a symmetry on parameters, and the canonical form of an orbit.
+
+In a domain, signs are chosen so that a unit's key is positive, and units are sorted by their keys. Groups are taken in
+an order in which the keys of each depend only on groups before it. All of it is copying and negating, so that equal
+networks become bitwise equal ones.
+"""
+
+import math
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, random
+
+from numpyro_bdl._checks import check_choice
+from numpyro_bdl.symmetry.groups import Member, Path, UnitGroup, UnitGroups, put_members, take_members
+
+DOMAINS = ("bias", "incoming", "outgoing")
+COLUMNS = 4
+"""How many weights of a kernel are looked at to break a tie."""
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["permutations", "signs"], meta_fields=["groups"])
+@dataclass(frozen=True)
+class Element:
+    """An element of the symmetry group of a network, or a batch of them."""
+
+    permutations: dict[str, Array]
+    """by group: (..., M); unit i of the result is unit permutations[i] of the argument"""
+    signs: dict[str, Array]
+    """by group: (..., k, M) of 1 and -1, one row for each kind of sign symmetry"""
+    groups: UnitGroups
+
+
+def apply(element: Element, params: Any, *, signs: bool = True) -> Any:
+    """Act on parameters: another network, the same function.
+
+    :param element: From :func:`random_element` or :func:`canonical_element`.
+    :param params: A tree of parameters with the batch axes of the element, or one without, to make a batch of copies.
+        Leaves that belong to no group are returned as they are, and parameters may be missing.
+    :param signs: Apply the signs as well; False is for what scales with the size of a parameter (a variance, a mask).
+    :return: The tree.
+    :raises ValueError: for parameters of other shapes.
+
+    **Example**
+
+    .. doctest::
+
+        >>> import jax, jax.numpy as jnp
+        >>> from jax import random
+        >>> from flax import linen as nn
+        >>> from numpyro_bdl import symmetry
+        >>> network = nn.Sequential([nn.Dense(3), jnp.tanh, nn.Dense(1)])
+        >>> x = jnp.linspace(-1, 1, 5)[:, None]
+        >>> params = network.init(random.key(0), x)
+        >>> groups = symmetry.find_groups(network, params, x)
+        >>> copy = symmetry.apply(symmetry.random_element(random.key(1), groups), params)
+        >>> bool(jnp.allclose(network.apply(copy, x), network.apply(params, x), atol=1e-5))
+        True
+    """
+    members, batch = take_members(params, element.groups)
+    moved = {name: jnp.shape(order)[:-1] for name, order in element.permutations.items()}
+    lead = next(iter(moved.values()), ())
+    if not batch and lead:
+        params = jax.tree.map(lambda x: jnp.broadcast_to(x, (*lead, *jnp.shape(x))), params)
+        members, batch = take_members(params, element.groups)
+    if batch and lead and batch != lead:
+        raise ValueError(f"The element has batch axes {lead}, the parameters have {batch}.")
+    act = partial(_act_all, groups=element.groups, signed=signs)
+    if not batch:
+        return put_members(params, act(members, element.permutations, element.signs))
+    flat = partial(_flat, batch=batch)
+    axes = (0, 0, 0) if lead else (0, None, None)
+    chosen = (flat(element.permutations), flat(element.signs)) if lead else (element.permutations, element.signs)
+    out = jax.vmap(act, axes)(flat(members), *chosen)
+    return put_members(params, jax.tree.map(lambda x: jnp.reshape(x, (*batch, *x.shape[1:])), out))
+
+
+def _flat(tree: Any, batch: tuple[int, ...]) -> Any:
+    """A tree with one batch axis in place of several."""
+    return jax.tree.map(lambda x: jnp.reshape(x, (math.prod(batch), *jnp.shape(x)[len(batch) :])), tree)
+
+
+def _act_all(members: dict[Path, Array], permutations, signs, groups: UnitGroups, signed: bool) -> dict[Path, Array]:
+    members = dict(members)
+    for group in groups:
+        for n, member in enumerate(group.members):
+            if member.path in members:
+                flip = _signs_of(group, n, signs[group.name]) if signed else None
+                members[member.path] = _act(members[member.path], member, permutations[group.name], flip)
+    return members
+
+
+def _signs_of(group: UnitGroup, n: int, signs: Array) -> Array | None:
+    """The signs (M,) of the n-th member; None if it is not flipped."""
+    kinds = [k for k, kind in enumerate(group.flips) if kind[n]]
+    return jnp.prod(signs[jnp.array(kinds)], 0) if kinds else None
+
+
+def _act(x: Array, member: Member, order: Array, signs: Array | None) -> Array:
+    units = x.reshape(*x.shape[: member.axis], *member.factors, *x.shape[member.axis + 1 :])
+    place = member.axis + member.position
+    if signs is not None:
+        column = signs.reshape(-1, *[1] * (units.ndim - place - 1))
+        # + 0: a flipped zero is no other number
+        units = jnp.where((column < 0) & (units != 0), -units, units)
+    return jnp.take(units, order, axis=place).reshape(x.shape)
+
+
+def random_element(key: Array, groups: UnitGroups, shape: tuple[int, ...] = ()) -> Element:
+    """A uniform draw from the symmetry group.
+
+    :param key: PRNG key.
+    :param groups: Groups of units.
+    :param shape: Batch axes.
+    :return: An element, or a batch of independent ones.
+    """
+    permutations, signs = {}, {}
+    for n, group in enumerate(groups):
+        key_order, key_signs = random.split(random.fold_in(key, n))
+        units = jnp.broadcast_to(jnp.arange(group.size), (*shape, group.size))
+        permutations[group.name] = random.permutation(key_order, units, axis=-1, independent=True)
+        signs[group.name] = random.rademacher(key_signs, (*shape, len(group.flips), group.size), jnp.int8)
+    return Element(permutations, signs, groups)
+
+
+def telling_elements(key: Array, groups: UnitGroups) -> list[Element]:
+    """A few elements of which one changes what is not invariant: all units are moved and flipped, then drawn ones."""
+    shift = {g.name: jnp.roll(jnp.arange(g.size), 1) for g in groups}
+    flip = {g.name: -jnp.ones((len(g.flips), g.size), jnp.int8) for g in groups}
+    return [Element(shift, flip, groups), *(random_element(k, groups) for k in random.split(key))]
+
+
+# ---- domains --------------------------------------------------------------------------------------------------------
+
+
+class Keys(NamedTuple):
+    """By what the units of a group are put in order."""
+
+    group: UnitGroup
+    members: tuple[int, ...]
+    """numbers of the members that are looked at, the first ones first"""
+    signed: tuple[tuple[int, tuple[int, ...]], ...]
+    """for each kind of sign symmetry that can be chosen: its number, and the members looked at that it flips"""
+    largest: bool = False
+    """look at the largest absolute value of a unit, which no other group changes"""
+
+
+@lru_cache
+def order_of(groups: UnitGroups, domain: str) -> tuple[tuple[Keys, ...], tuple[str, ...]]:
+    """The groups in the order in which they are made canonical, and what is left as it is, with reasons."""
+    shapes, left_out = dict(groups.shapes), []
+    on_path: dict[Path, set[str]] = {}
+    for group in groups:
+        for member in group.members:
+            on_path.setdefault(member.path, set()).add(group.name)
+
+    def alone(group: UnitGroup, n: int) -> bool:
+        return len(shapes[group.members[n].path]) == 1 and len(group.members[n].factors) == 1
+
+    def ready(group: UnitGroup, n: int) -> bool:
+        path = group.members[n].path
+        once = sum(member.path == path for member in group.members) == 1
+        return once and len(shapes[path]) > 1 and on_path[path] - {group.name} <= done
+
+    def biases(group: UnitGroup) -> list[int]:
+        own = [n for n in range(group.writers) if alone(group, n)]
+        return sorted(own, key=lambda n: not group.members[n].path[-1].endswith("bias"))
+
+    def kernels(group: UnitGroup) -> list[int]:
+        candidates = range(group.writers) if domain != "outgoing" else range(group.writers, len(group.members))
+        return [n for n in candidates if ready(group, n)][:1]
+
+    done: set[str] = set()
+    plan: list[Keys] = []
+    rest = list(groups) if domain != "outgoing" else list(reversed(list(groups)))
+    while rest:
+        group = next((g for g in rest if kernels(g)), None) or next((g for g in rest if biases(g)), None)
+        if group is None:  # units of several groups lie along the same axes
+            plan += [Keys(g, (0,), (), largest=True) for g in rest]
+            left_out += [f"{g.name}: signs of units that lie along those of another group" for g in rest if g.flips]
+            break
+        rest.remove(group)
+        looked_at = (*biases(group), *kernels(group)) if domain == "bias" else (*kernels(group), *biases(group))
+        signed = []
+        for k, kind in _solved_for(group, looked_at):
+            flipped = tuple(n for n in looked_at if kind[n])
+            if flipped:
+                signed.append((k, flipped))
+            else:
+                left_out.append(f"{group.name}: signs that the domain '{domain}' does not see")
+        plan.append(Keys(group, looked_at, tuple(signed)))
+        done.add(group.name)
+    return tuple(plan), tuple(left_out)
+
+
+def _solved_for(group: UnitGroup, looked_at: tuple[int, ...]) -> list[tuple[int, tuple[bool, ...]]]:
+    """The kinds of signs, those first that flip what is looked at first."""
+    first = lambda kind: next((i for i, n in enumerate(looked_at) if kind[n]), len(looked_at))
+    return sorted(enumerate(group.flips), key=lambda item: first(item[1]))
+
+
+def canonical_element(params: Any, groups: UnitGroups, domain: str = "bias") -> Element:
+    """The element that takes parameters to their canonical form; see :func:`canonicalize`.
+
+    It is the identity for a draw that is not finite.
+    """
+    check_choice("canonicalize", "domain", domain, DOMAINS)
+    members, batch = take_members(params, groups)
+    if missing := [path for path, _ in groups.shapes if path not in members]:
+        raise ValueError(f"canonicalize needs every parameter of the groups; {'/'.join(missing[0])!r} is missing.")
+    plan, left_out = order_of(groups, domain)
+    if left_out:
+        warnings.warn("These symmetries are not removed: " + "; ".join(left_out) + ".", stacklevel=3)
+    find = partial(_canonical, groups=groups, plan=plan)
+    if not batch:
+        return Element(*find(members), groups)
+    found = jax.tree.map(lambda x: jnp.reshape(x, (*batch, *x.shape[1:])), jax.vmap(find)(_flat(members, batch)))
+    return Element(*found, groups)
+
+
+def canonicalize(params: Any, groups: UnitGroups, domain: str = "bias") -> Any:
+    """The representative of a network among its equivalent copies.
+
+    - ``"bias"``: biases are positive and increasing; groups without a bias, and ties (biases that are all zero), go by
+      incoming weights.
+    - ``"incoming"``: by the first incoming weight, from the input on; a residual stream by that of its first writer.
+    - ``"outgoing"``: by the first outgoing weight, from the output back.
+
+    Where a unit has no sign symmetry, units are only sorted. Keys that are distinct and not zero lead every copy to
+    bitwise the same network; ties beyond the first few weights keep their order. Doing it twice changes nothing.
+
+    :param params: A tree of parameters, or a dict of sites, with any leading batch axes; under ``jit`` and ``vmap``
+        too.
+    :param groups: From :func:`find_groups`.
+    :param domain: As above. It never mixes incoming with outgoing weights, which would not be idempotent.
+    :return: The tree. A draw that is not finite is returned as it is.
+    :raises ValueError: for missing parameters or other shapes.
+
+    **Example**
+
+    .. doctest::
+
+        >>> import jax.numpy as jnp
+        >>> from numpyro_bdl.symmetry import UnitGroups, Units, canonicalize
+        >>> params = {"w1": jnp.array([[1.0, 2.0]]), "b": jnp.array([-3.0, 1.0]), "w2": jnp.array([[5.0], [6.0]])}
+        >>> groups = UnitGroups.of(params, {
+        ...     "hidden": Units(writes={"b": 0, "w1": 1}, reads={"w2": 0}, flips=("b", "w1", "w2"))})
+        >>> canonicalize(params, groups)["b"].tolist(), canonicalize(params, groups)["w2"].ravel().tolist()
+        ([1.0, 3.0], [6.0, -5.0])
+    """
+    return apply(canonical_element(params, groups, domain), params)
+
+
+def _canonical(members: Mapping[Path, Array], groups: UnitGroups, plan: tuple[Keys, ...]) -> tuple[dict, dict]:
+    orders = {g.name: jnp.arange(g.size) for g in groups}
+    signs = {g.name: jnp.ones((len(g.flips), g.size), jnp.int8) for g in groups}
+    finite = jnp.stack([jnp.isfinite(x).all() for x in members.values()]).all() if members else jnp.bool_(True)
+    for group, looked_at, signed, largest in plan:
+        if largest:
+            columns = {n: jnp.max(jnp.abs(_units_first(members, group, n)), 1, keepdims=True) for n in looked_at}
+        else:
+            columns = {n: _columns(members, group, n, groups, orders, signs) for n in looked_at}
+        for k, flipped in signed:
+            first = _first_nonzero(jnp.concatenate([columns[n] for n in flipped], -1))
+            sign = jnp.where(first < 0, -1, 1).astype(jnp.int8)
+            signs[group.name] = signs[group.name].at[k].set(sign)
+            for n in looked_at:
+                if group.flips[k][n]:
+                    columns[n] = jnp.where((sign < 0)[:, None], -columns[n], columns[n])
+        keys = jnp.concatenate([columns[n] for n in looked_at], -1)
+        orders[group.name] = jnp.lexsort(keys.T[::-1])
+    orders = {name: jnp.where(finite, order, jnp.arange(len(order))) for name, order in orders.items()}
+    return orders, {name: jnp.where(finite, sign, 1).astype(jnp.int8) for name, sign in signs.items()}
+
+
+def _columns(members, group: UnitGroup, n: int, groups: UnitGroups, orders: dict, signs: dict) -> Array:
+    """The first few entries (M, columns) of a key, with the groups that are canonical already put in place."""
+    member = group.members[n]
+    x = members[member.path]
+    for other in groups:
+        for m, place in enumerate(other.members):
+            if other.name != group.name and place.path == member.path:
+                x = _act(x, place, orders[other.name], _signs_of(other, m, signs[other.name]))
+    return _units_first(members | {member.path: x}, group, n)[:, :COLUMNS]
+
+
+def _units_first(members, group: UnitGroup, n: int) -> Array:
+    """A parameter as (M, everything else)."""
+    _, axis, factors, position = member = group.members[n]
+    x = members[member.path]
+    units = x.reshape(*x.shape[:axis], *factors, *x.shape[axis + 1 :])
+    return jnp.moveaxis(units, axis + position, 0).reshape(group.size, -1)
+
+
+def _first_nonzero(x: Array) -> Array:
+    """The first entry of each row that is not 0; 0 if there is none."""
+    return jnp.take_along_axis(x, jnp.argmax(x != 0, -1, keepdims=True), -1)[:, 0]

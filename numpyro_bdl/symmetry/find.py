@@ -1,0 +1,259 @@
+# Copyright Contributors to the numpyro_bdl project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Find the groups of interchangeable units of any function of parameters, and check each of them."""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen, nnx
+from jax import Array, random
+
+from numpyro_bdl.potential import Potential
+from numpyro_bdl.symmetry.action import apply, telling_elements
+from numpyro_bdl.symmetry.groups import Member, Path, UnitGroup, UnitGroups, leaves, put_members
+from numpyro_bdl.symmetry.labels import Label, resolve, size
+from numpyro_bdl.symmetry.signs import Signs, solutions
+from numpyro_bdl.symmetry.trace import INPUT, OUTPUT, SPACE, Trace, Value
+
+TOLERANCE = 1e-4
+_ROWS = 8
+
+
+def find_groups(function: Callable | linen.Module | nnx.Module, params: Any, *inputs, **kwargs) -> UnitGroups:
+    """The groups of units that can be exchanged, and their signs flipped, without changing a function.
+
+    They are read off the function's jaxpr, whatever it is made of (see :mod:`numpyro_bdl.symmetry.trace`), not off the
+    names of layers. Each group is then checked by a random element at random parameters and inputs. What can't be
+    followed is left out, and said in ``left_out``.
+
+    :param function: A function ``f(params, *inputs)``; or a linen module, called with ``apply``; or an nnx module.
+    :param params: Its parameters: any tree, such as the variables of a linen module (or their ``"params"`` alone), or a
+        dict of sites. None initializes a linen module, and takes the state of an nnx module.
+    :param inputs: Inputs, of which only shapes and dtypes count.
+    :param kwargs: Keyword arguments of the call, fixed.
+    :return: The groups; ``print`` them for a table.
+    :raises TypeError: if ``function`` is neither callable nor a module, or is not given parameters.
+
+    **Example**
+
+    .. doctest::
+
+        >>> import jax.numpy as jnp
+        >>> from flax import linen as nn
+        >>> from numpyro_bdl.symmetry import find_groups
+        >>> network = nn.Sequential([nn.Dense(16), jnp.tanh, nn.Dense(8), nn.relu, nn.Dense(1)])
+        >>> groups = find_groups(network, None, jnp.ones((1, 4)))
+        >>> [(g.name, g.size, g.pointwise, len(g.flips)) for g in groups]
+        [('layers_0', 16, 'odd', 1), ('layers_2', 8, 'homogeneous', 0)]
+    """
+    if isinstance(function, linen.Module):
+        function, params = _linen(function, params, inputs, kwargs)
+    elif isinstance(function, nnx.Module):
+        function, params = _nnx(function, params, kwargs)
+    elif not callable(function):
+        raise TypeError(f"find_groups needs a function or a Flax module, got {type(function).__name__}.")
+    elif kwargs:
+        call = function
+        function = lambda p, *x: call(p, *x, **kwargs)
+    if params is None:
+        raise TypeError("find_groups: params=None is for Flax modules; give the parameters of the function.")
+    return _check(_traced(function, params, inputs), function, params, inputs)
+
+
+def find_model_groups(model: Callable, *args, **kwargs) -> UnitGroups:
+    """The groups of a NumPyro model: of its log likelihood as a function of latent sites and mutable collections.
+
+    Of the log likelihood rather than the location, so that a network behind the scale of the outcome is seen as well,
+    and of the sites in unconstrained space, where a parameter that must be positive has no sign to flip.
+
+    :param model: A NumPyro model.
+    :param args: Its arguments, as for a run.
+    :param kwargs: Its keyword arguments.
+    :return: The groups; their parameters are named by site.
+    :raises ValueError: for what :class:`~numpyro_bdl.potential.Potential` refuses.
+    """
+    return groups_of(Potential(model, args, kwargs))
+
+
+def groups_of(potential: Potential) -> UnitGroups:
+    """The groups of the model of a potential."""
+    z, mutable = potential.initial(random.key(0))
+    call = potential.args, potential.kwargs
+
+    def log_likelihood(tree, rows):
+        values = potential.constrain({name: tree[name] for name in z}, *call)
+        sites = potential.run(values, rows, random.key(0), {name: tree[name] for name in mutable}, *call)
+        return {name: sites[name]["fn"].log_prob(sites[name]["value"]) for name in potential.observed}
+
+    rows = {name: jnp.arange(min(_ROWS, plate.size)) for name, plate in potential.plates.items()}
+    try:
+        jax.eval_shape(log_likelihood, z | mutable, rows)
+    except (ValueError, TypeError):  # a model that does not take its rows through the plate is given all of them
+        rows = {}
+    return find_groups(lambda tree: log_likelihood(tree, rows), z | mutable)
+
+
+# ---- modules --------------------------------------------------------------------------------------------------------
+
+
+def _linen(module: linen.Module, params: Any, inputs: tuple, kwargs: dict) -> tuple[Callable, Any]:
+    if params is None:
+        params = module.init(random.key(0), *map(_concrete, inputs), **kwargs)
+    inner = not (isinstance(params, Mapping) and "params" in params)
+
+    def function(p, *x):
+        return module.apply({"params": p} if inner else p, *x, **kwargs)
+
+    return function, params
+
+
+def _nnx(module: nnx.Module, params: Any, kwargs: dict) -> tuple[Callable, Any]:
+    graph, state = nnx.split(module)
+    if params is None:
+        params = nnx.to_pure_dict(state)
+
+    def function(p, *x):
+        new = nnx.split(module)[1]
+        nnx.replace_by_pure_dict(new, p)
+        return nnx.merge(graph, new)(*x, **kwargs)
+
+    return function, params
+
+
+def _concrete(x: Any) -> Any:
+    return jnp.zeros(x.shape, x.dtype) if isinstance(x, jax.ShapeDtypeStruct) else x
+
+
+# ---- from labels to groups ------------------------------------------------------------------------------------------
+
+
+def _is_parameter(leaf: Any) -> bool:
+    return jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
+
+
+def _traced(function: Callable, params: Any, inputs: tuple) -> UnitGroups:
+    found = leaves(params)
+    paths = [path for path, leaf in found.items() if _is_parameter(leaf)]
+    others = {path: leaf for path, leaf in found.items() if not _is_parameter(leaf)}
+
+    def call(arrays, others, inputs):
+        return function(put_members(params, dict(zip(paths, arrays, strict=True)) | others), *inputs)
+
+    jaxpr = jax.make_jaxpr(call)([found[path] for path in paths], others, inputs)
+    trace = Trace()
+    values, outputs = trace.run(jaxpr, len(paths))
+    signs = Signs(trace.notes)
+    signs.finish(outputs)
+
+    places: dict[Label, list[tuple[tuple, Member, int]]] = {}
+    reasons: dict[str, list[str]] = {}
+    for n, (path, value) in enumerate(zip(paths, values, strict=True)):
+        for axis in range(len(value.axes)):
+            for member, label, bit in _members(path, value, axis, signs):
+                met = trace.met.get((n, axis), {})
+                if label.fixed is None:
+                    when = (0, met["writes"]) if "writes" in met else (1, met.get("reads", math.inf))
+                    places.setdefault(label, []).append((when, member, bit))
+                elif label.fixed not in (None, INPUT, OUTPUT, SPACE):
+                    reasons.setdefault(label.fixed, []).append(str(member))
+    groups = [group for label, some in places.items() if (group := _group(label, some, signs))]
+    groups.sort(key=lambda item: item[0])
+    named = _named([group for _, group in groups])
+    used = {member.path for group in named for member in group.members}
+    shapes = tuple((path, np.shape(found[path])) for path in paths if path in used)
+    left_out = tuple(f"{', '.join(members)}: {reason}" for reason, members in reasons.items())
+    return UnitGroups(tuple(named), shapes, left_out)
+
+
+def _members(path: Path, value: Value, axis: int, signs: Signs):
+    """The factors of an axis: each as a member, with its label, and the variable of its sign."""
+    factors = resolve(value.axes[axis])
+    sizes = tuple(map(size, factors))
+    for position, label in enumerate(factors):
+        if isinstance(label, Label):
+            stride = int(np.prod(sizes[position + 1 :], initial=1))
+            yield Member(path, axis, sizes, position), label, signs.variable(value, axis, stride, label)
+
+
+def _group(label: Label, places: list, signs: Signs) -> tuple[tuple, UnitGroup] | None:
+    places = sorted(places, key=lambda place: place[0])
+    if places[0][0] == (1, math.inf):  # parameters that the function does not use
+        return None
+    members = tuple(member for _, member, _ in places)
+    flips = tuple(solutions(signs.equations.get(label, []), [bit for _, _, bit in places]))
+    if label.size == 1 and not flips:
+        return None
+    writers = sum(when[0] == 0 for when, _, _ in places)
+    pointwise = ", ".join(sorted(signs.kinds.get(label, ())))
+    return places[0][0], UnitGroup("", label.size, members, writers, flips, pointwise)
+
+
+def _named(groups: list[UnitGroup]) -> list[UnitGroup]:
+    """Name each group by the layer that writes to it first."""
+    names = []
+    for group in groups:
+        first = group.members[0]
+        path = first.path[1:] if first.path[0] == "params" and len(first.path) > 1 else first.path
+        layer = ".".join(path[:-1]) or path[0].rsplit(".", 1)[0]
+        names.append((layer, f"{layer}[{first.axis}]" + (f"[{first.position}]" if len(first.factors) > 1 else "")))
+    plain = [name for name, _ in names]
+    result, taken = [], set()
+    for group, (plain_name, long) in zip(groups, names, strict=True):
+        name = plain_name if plain.count(plain_name) == 1 else long
+        while name in taken:
+            name += "'"
+        taken.add(name)
+        result.append(group._replace(name=name))
+    return result
+
+
+# ---- the check ------------------------------------------------------------------------------------------------------
+
+
+def _check(groups: UnitGroups, function: Callable, params: Any, inputs: tuple) -> UnitGroups:
+    """Leave out the groups of which a random element changes the function at random parameters and inputs."""
+    key_params, key_inputs, key_element = random.split(random.key(0), 3)
+    params = _perturbed(key_params, params)
+    inputs = tuple(
+        random.normal(random.fold_in(key_inputs, n), x.shape, x.dtype) if _is_float_array(x) else _concrete(x)
+        for n, x in enumerate(inputs)
+    )
+    call = jax.jit(lambda p: jax.tree.leaves(function(p, *inputs)))
+    change = lambda one, other: max(
+        (float(np.max(np.abs(a - b)) / (1e-30 + np.max(np.abs(a)))) for a, b in zip(one, other, strict=True) if a.size),
+        default=0.0,
+    )
+    failed = {}
+    with jax.default_matmul_precision("float32"):
+        before = jax.device_get(call(params))
+        for group in groups:
+            elements = telling_elements(key_element, groups.only(group.name))
+            difference = max(change(before, jax.device_get(call(apply(g, params)))) for g in elements)
+            if not difference <= TOLERANCE:
+                failed[group.name] = f"{group.name}: changes the function by {difference:.1g} of its size"
+    if not failed:
+        return groups
+    kept = groups.only(*(group.name for group in groups if group.name not in failed))
+    return UnitGroups(kept.groups, kept.shapes, (*kept.left_out, *failed.values()))
+
+
+def _perturbed(key: Array, params: Any) -> Any:
+    """Parameters changed by up to three tenths and by up to three tenths of themselves, so that none is zero and a
+    variance stays positive."""
+    found = {path: leaf for path, leaf in leaves(params).items() if _is_parameter(leaf)}
+
+    def changed(n, leaf):
+        key_shift, key_scale = random.split(random.fold_in(key, n))
+        shift, scale = (random.uniform(k, np.shape(leaf), leaf.dtype, -0.3, 0.3) for k in (key_shift, key_scale))
+        return leaf * (1 + scale) + shift
+
+    return put_members(params, {path: changed(n, jnp.asarray(leaf)) for n, (path, leaf) in enumerate(found.items())})
+
+
+def _is_float_array(x: Any) -> bool:
+    return hasattr(x, "shape") and jnp.issubdtype(x.dtype, jnp.floating)
