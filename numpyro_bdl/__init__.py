@@ -5,6 +5,7 @@
 
 from importlib.metadata import version as _version
 
+from numpyro_bdl import diagnostics as diagnostics
 from numpyro_bdl import metrics as metrics
 from numpyro_bdl import preconditioners as preconditioners
 from numpyro_bdl import pruning as pruning

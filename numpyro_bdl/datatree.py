@@ -13,7 +13,7 @@ from xarray import DataTree
 
 from numpyro_bdl.predictive import PosteriorPredictive, anchors, bad_chains, positions
 
-_PROBES = 64
+PROBES = 64
 
 
 def to_datatree(
@@ -120,7 +120,7 @@ def _functions(
     if probe is not None:
         values, points = predictive.functions(*probe, sites=sites, **model_kwargs), None
     else:
-        values, points = predictive.functions_at_rows(_PROBES, sites=sites, **model_kwargs)
+        values, points = predictive.functions_at_rows(PROBES, sites=sites, **model_kwargs)
     dims = {}
     for name, value in values.items():
         in_plate = any(predictive.potential.observed.get(name, (True,)))

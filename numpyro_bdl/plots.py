@@ -16,16 +16,13 @@ from jaxtyping import ArrayLike, Bool, Float, Int
 from xarray import DataTree
 
 from numpyro_bdl import metrics
+from numpyro_bdl._chain_plots import functional_modes as functional_modes
+from numpyro_bdl._chain_plots import weights_raw_and_folded as weights_raw_and_folded
 from numpyro_bdl._checks import check_integer
+from numpyro_bdl._plot_style import COLORS, LINES, MARKERS, REFERENCE, new_axes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-"""Blue, vermilion, green, purple, orange, sky blue, black."""
-_MARKERS = "osD^vPX"
-_LINES = ("-", (0, (6, 1)), (0, (3, 1)), (0, (1, 1)), (0, (6, 1, 1, 1)), (0, (3, 1, 1, 1)), (0, (1, 3)))
-_REFERENCE: dict[str, Any] = {"color": "0.6", "linewidth": 1, "zorder": 0}
 
 _LOWEST_EXCESS = 1e-3
 _RHAT_TICKS = (1.001, 1.01, 1.1, 2, 11, 101)
@@ -74,9 +71,9 @@ def reliability(
         raise ValueError("reliability: a probability is not a finite number; is a chain among the draws NaN?")
     confidence, accuracy, share = metrics.calibration_bins(probabilities, labels, bins)
     filled = share > 0
-    ax = _axes(ax)
+    ax = new_axes(ax)
     if not _has(ax, "_calibrated"):
-        ax.plot([0, 1], [0, 1], label="_calibrated", **_REFERENCE)
+        ax.plot([0, 1], [0, 1], label="_calibrated", **REFERENCE)
         ax.set(title="Reliability", xlabel="confidence", ylabel="accuracy")
         ax.set(xlim=(0, 1.02), ylim=(0, 1.02), aspect="equal")
     style, marker = _style(ax)
@@ -126,7 +123,7 @@ def entropy_histogram(
     everything = np.concatenate([*inside.values(), *outside.values()])
     if not np.isfinite(everything).all():
         raise ValueError("entropy_histogram: an entropy is not a finite number; is a chain among the draws NaN?")
-    ax = _axes(ax)
+    ax = new_axes(ax)
     edges = np.linspace(0, everything.max(), bins + 1)
     sides = (inside, "in distribution", COLORS[0]), (outside, "out of distribution", COLORS[1])
     names = list(inside)
@@ -177,10 +174,10 @@ def function_rhat(
         'R-hat'
     """
     named = trees if isinstance(trees, Mapping) and not isinstance(trees, DataTree) else {None: trees}
-    ax = _axes(ax)
+    ax = new_axes(ax)
     if not _has(ax, "_reference"):
         for level in (1.01, 1.1):
-            ax.axvline(level, label="_reference", linestyle="--", **_REFERENCE)
+            ax.axvline(level, label="_reference", linestyle="--", **REFERENCE)
     for name, tree in named.items():
         values = np.sort([] if tree is None else _rhat(tree) if isinstance(tree, DataTree) else np.ravel(tree))
         if not np.isfinite(values).all():
@@ -239,7 +236,7 @@ def layer_sparsity(masks: Mapping[str, Bool[ArrayLike, "chain ..."]], ax: "Axes 
                 f"layer_sparsity: the mask of '{name}' must be an array (chain, ...) of booleans, as of"
                 f" pruning.masks(mcmc); got {mask.dtype} of shape {mask.shape}."
             )
-    ax = _axes(ax)
+    ax = new_axes(ax)
     sizes = [mask[0].size for mask in kept.values()]
     counts = [mask.reshape(len(mask), -1).sum(1) for mask in kept.values()]
     shares = [1 - count / size for count, size in zip(counts, sizes, strict=True)]
@@ -254,7 +251,7 @@ def layer_sparsity(masks: Mapping[str, Bool[ArrayLike, "chain ..."]], ax: "Axes 
         ax.text(1.02, float(row), f"{number} of {size:,} kept", **beside)
     if len(kept) > 1:
         together = 1 - sum(count.mean() for count in counts) / sum(sizes)
-        ax.axvline(together, label="_reference", linestyle="--", **_REFERENCE | {"zorder": 3})
+        ax.axvline(together, label="_reference", linestyle="--", **REFERENCE | {"zorder": 3})
     ax.set(
         title="Sparsity",
         xlabel="share of weights pruned",
@@ -314,10 +311,10 @@ def inclusion_path(
     path, x = _running_mean(p, average), np.arange(draws) + 1 - num_warmup
     end = path[:, -1].mean(0)
     included = [n for n in np.argsort(-end, kind="stable") if end[n] > 0.5]
-    ax = _axes(ax)
+    ax = new_axes(ax)
     rest = np.delete(path, included, axis=2).transpose(0, 2, 1).reshape(-1, draws)
     for rank, n in enumerate(included):
-        color, style = COLORS[rank % len(COLORS)], _LINES[(rank + rank // len(COLORS)) % len(_LINES)]
+        color, style = COLORS[rank % len(COLORS)], LINES[(rank + rank // len(COLORS)) % len(LINES)]
         for chain, line in enumerate(path[..., n]):
             label = labels[n] if chain == 0 and rank < _MOST_NAMES else "_chain"
             ax.plot(x, line, label=label, color=color, linestyle=style, linewidth=1.4)
@@ -326,9 +323,9 @@ def inclusion_path(
         label = f"{len(labels) - len(included):,} {'others' if included else 'groups'}"
         grey = "0.65" if len(rest) < 100 else "0.8"
         ax.add_collection(LineCollection(lines, label=label, color=grey, linewidth=0.6, zorder=1))
-    ax.axhline(0.5, label="_reference", linestyle="--", **_REFERENCE)
+    ax.axhline(0.5, label="_reference", linestyle="--", **REFERENCE)
     if num_warmup:
-        ax.axvline(0, label="_reference", linestyle="--", **_REFERENCE)
+        ax.axvline(0, label="_reference", linestyle="--", **REFERENCE)
     ax.set(
         title="Inclusion",
         xlabel="draw",
@@ -386,14 +383,6 @@ def _from_log_excess(logarithm):
     return 1 + 10 ** np.asarray(logarithm)
 
 
-def _axes(ax: "Axes | None") -> "Axes":
-    if ax is not None:
-        return ax
-    import matplotlib.pyplot as plt
-
-    return plt.subplots(layout="constrained")[1]
-
-
 def _has(ax: "Axes", label: str) -> bool:
     return any(line.get_label() == label for line in ax.get_lines())
 
@@ -401,5 +390,5 @@ def _has(ax: "Axes", label: str) -> bool:
 def _style(ax: "Axes") -> tuple[dict, str]:
     """Colour and line, and the marker, of the next method."""
     n = sum(line.get_label() not in ("_calibrated", "_reference") for line in ax.get_lines())
-    style = {"color": COLORS[n % len(COLORS)], "linestyle": _LINES[n % len(_LINES)]}
-    return style, _MARKERS[n % len(_MARKERS)]
+    style = {"color": COLORS[n % len(COLORS)], "linestyle": LINES[n % len(LINES)]}
+    return style, MARKERS[n % len(MARKERS)]

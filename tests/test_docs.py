@@ -58,11 +58,25 @@ def test_kernel_docstrings_tell_their_own_parameters(name):
     assert ".. math::" in kernel.__doc__ or name == "StochasticGradientKernel"
 
 
-def test_the_readme_runs_as_printed(capsys):
-    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+def run_the_block_of(page):
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), flags=re.DOTALL)
     scope: dict = {}
-    exec(compile(block, "README.md", "exec"), scope)
+    exec(compile(block, page, "exec"), scope)
+    return scope
+
+
+def test_the_readme_runs_as_printed(capsys):
+    scope = run_the_block_of("README.md")
     printed = capsys.readouterr().out
     assert float(printed.splitlines()[0]) > 0.9
     assert "functions" in printed
     assert np.isfinite(scope["logits"]).all()
+
+
+def test_the_page_of_the_diagnostics_says_what_it_prints(capsys):
+    scope = run_the_block_of("docs/diagnostics.md")
+    of_weights, of_functions = map(float, capsys.readouterr().out.split())
+    assert of_weights > 1.5
+    assert of_functions < 1.1
+    assert scope["modes"].num_modes == 1
+    assert scope["modes"].further_chains() == 0

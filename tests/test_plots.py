@@ -13,6 +13,7 @@ import pytest
 from matplotlib.colors import to_hex
 
 from numpyro_bdl import metrics, plots
+from numpyro_bdl.symmetry import functional_modes
 
 RNG = np.random.default_rng(0)
 LABELS = RNG.integers(0, 3, 200)
@@ -314,3 +315,90 @@ def test_a_page_of_all_of_them_can_be_saved(tree, tmp_path):
         ax.legend()
     figure.savefig(tmp_path / "page.png")
     assert (tmp_path / "page.png").stat().st_size > 0
+
+
+# ---- chains --------------------------------------------------------------------------------------------------
+
+
+X = np.linspace(-1, 1, 15)
+
+
+@pytest.fixture
+def modes():
+    """Five chains in two modes, 0 and 1, the third of them not finite."""
+    functions = np.array([1, 1, 0, -1, 1])[:, None, None] * X + 0.1 * RNG.normal(size=(5, 60, 15))
+    functions[2, 30:] = np.nan
+    with pytest.warns(UserWarning, match="leaves out the chains"):
+        return functional_modes(functions)
+
+
+def test_functional_modes_draws_the_mean_of_each_chain_in_the_colour_of_its_mode(modes):
+    _, ax = plt.subplots()
+    shuffled = RNG.permutation(15)
+    mixed = modes._replace(means={"y": modes.means["functions"][:, shuffled, None]})  # one output, points in any order
+    assert plots.functional_modes(mixed, X[shuffled], ax=ax) is ax
+    lines = ax.get_lines()
+    assert [line.get_color() for line in lines] == [plots.COLORS[0]] * 3 + [plots.COLORS[1]]
+    for chain, line in zip((0, 1, 4, 3), lines, strict=True):
+        np.testing.assert_array_equal(line.get_xdata(), X)
+        np.testing.assert_array_equal(line.get_ydata(), modes.means["functions"][chain])
+    assert ax.get_legend_handles_labels()[1] == ["mode 0: 3 of 4 chains", "mode 1: 1 of 4 chains"]
+
+
+def test_functional_modes_draws_the_distances_in_the_order_of_the_modes(modes):
+    ax = plots.functional_modes(modes)
+    (image,) = ax.get_images()
+    order = [0, 1, 4, 3]
+    np.testing.assert_array_equal(image.get_array(), modes.distances[np.ix_(order, order)])
+    assert image.get_clim() == (0, 3 * modes.separation)
+    assert [tick.get_text() for tick in ax.get_xticklabels()] == ["0", "1", "4", "3"]
+    edges = [line for line in ax.get_lines() if line.get_label() == "_edge"]
+    assert [edges[0].get_ydata()[0], edges[1].get_xdata()[0]] == [2.5, 2.5]
+    assert len(edges) == 2
+
+
+def test_functional_modes_names_what_it_can_not_draw(modes):
+    with pytest.raises(ValueError, match=r"one output over the 4 inputs of x, got functions \(15,\)"):
+        plots.functional_modes(modes, X[:4])
+    two = modes._replace(means={"a": modes.means["functions"], "b": modes.means["functions"]})
+    with pytest.raises(ValueError, match=r"got a \(15,\), b \(15,\)"):
+        plots.functional_modes(two, X)
+
+
+def test_weights_raw_and_folded_draws_a_plane_of_two_weights():
+    raw = RNG.normal(size=(9, 30, 2))
+    _, given = plt.subplots(1, 2)
+    axes = plots.weights_raw_and_folded(raw, np.abs(raw), names=["a", "b"], axes=given)
+    assert list(axes) == list(given)
+    assert [ax.get_title() for ax in axes] == ["raw", "folded"]
+    for ax, draws in zip(axes, (raw, np.abs(raw)), strict=True):
+        assert len(ax.collections) == 9
+        for chain, points in enumerate(ax.collections):
+            np.testing.assert_array_equal(points.get_offsets(), draws[chain])
+            assert to_hex(points.get_facecolor()[0]).upper() == plots.COLORS[chain % 7]
+        assert (ax.get_xlabel(), ax.get_ylabel()) == ("a", "b")
+    assert axes[0].get_legend_handles_labels()[1] == [f"chain {n}" for n in range(9)]
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_weights_raw_and_folded_draws_strips_of_other_numbers_of_weights(count):
+    raw = RNG.normal(size=(3, 20, count))
+    left, _ = plots.weights_raw_and_folded(raw, -raw)
+    assert [tick.get_text() for tick in left.get_xticklabels()] == [str(n) for n in range(count)]
+    for chain, points in enumerate(left.collections):
+        x, y = np.asarray(points.get_offsets()).T
+        np.testing.assert_array_equal(y, raw[chain].ravel())
+        x = x.reshape(20, count)
+        np.testing.assert_array_equal(np.round(x), np.broadcast_to(np.arange(count), x.shape))
+        # chains side by side, draws in their order
+        assert -0.4 + 0.8 * chain / 3 < x[0, 0] < x[-1, 0] < -0.4 + 0.8 * (chain + 1) / 3
+
+
+def test_weights_raw_and_folded_names_the_shapes():
+    raw = RNG.normal(size=(3, 20, 2))
+    with pytest.raises(ValueError, match=r"the same draws twice, .* got shapes \(3, 20, 2\) and \(3, 19, 2\)"):
+        plots.weights_raw_and_folded(raw, raw[:, 1:])
+    with pytest.raises(ValueError, match=r"got shapes \(3, 20\) and \(3, 20\)"):
+        plots.weights_raw_and_folded(raw[..., 0], raw[..., 0])
+    with pytest.raises(ValueError, match="got 1 names for 2 weights"):
+        plots.weights_raw_and_folded(raw, raw, names=["a"])
