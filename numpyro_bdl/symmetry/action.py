@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, random
 
 from numpyro_bdl._checks import check_choice
@@ -66,21 +67,25 @@ def apply(element: Element, params: Any, *, signs: bool = True) -> Any:
         True
     """
     members, batch = take_members(params, element.groups)
-    moved = {name: jnp.shape(order)[:-1] for name, order in element.permutations.items()}
-    lead = next(iter(moved.values()), ())
+    lead = next((jnp.shape(order)[:-1] for order in element.permutations.values()), ())
     if not batch and lead:
         params = jax.tree.map(lambda x: jnp.broadcast_to(x, (*lead, *jnp.shape(x))), params)
         members, batch = take_members(params, element.groups)
     if batch and lead and batch != lead:
         raise ValueError(f"The element has batch axes {lead}, the parameters have {batch}.")
-    act = partial(_act_all, groups=element.groups, signed=signs)
+    moved = _moved(members, element.permutations, element.signs, element.groups, signs, batch, lead)
+    return put_members(params, moved)
+
+
+@partial(jax.jit, static_argnums=(3, 4, 5, 6))
+def _moved(members, permutations, signs, groups: UnitGroups, signed: bool, batch: tuple, lead: tuple):
+    """The members of a batch (or of one, if it is empty) moved by an element for each (or by one, if lead is empty)."""
+    act = partial(_act_all, groups=groups, signed=signed)
     if not batch:
-        return put_members(params, act(members, element.permutations, element.signs))
-    flat = partial(_flat, batch=batch)
-    axes = (0, 0, 0) if lead else (0, None, None)
-    chosen = (flat(element.permutations), flat(element.signs)) if lead else (element.permutations, element.signs)
-    out = jax.vmap(act, axes)(flat(members), *chosen)
-    return put_members(params, jax.tree.map(lambda x: jnp.reshape(x, (*batch, *x.shape[1:])), out))
+        return act(members, permutations, signs)
+    own = (_flat(permutations, lead), _flat(signs, lead)) if lead else (permutations, signs)
+    out = jax.vmap(act, (0, 0, 0) if lead else (0, None, None))(_flat(members, batch), *own)
+    return jax.tree.map(lambda x: jnp.reshape(x, (*batch, *x.shape[1:])), out)
 
 
 def _flat(tree: Any, batch: tuple[int, ...]) -> Any:
@@ -122,20 +127,38 @@ def random_element(key: Array, groups: UnitGroups, shape: tuple[int, ...] = ()) 
     :param shape: Batch axes.
     :return: An element, or a batch of independent ones.
     """
+    return Element(*_drawn(key, groups, shape), groups)
+
+
+@partial(jax.jit, static_argnums=(1, 2))
+def _drawn(key: Array, groups: UnitGroups, shape: tuple[int, ...]) -> tuple[dict, dict]:
     permutations, signs = {}, {}
     for n, group in enumerate(groups):
         key_order, key_signs = random.split(random.fold_in(key, n))
         units = jnp.broadcast_to(jnp.arange(group.size), (*shape, group.size))
         permutations[group.name] = random.permutation(key_order, units, axis=-1, independent=True)
         signs[group.name] = random.rademacher(key_signs, (*shape, len(group.flips), group.size), jnp.int8)
-    return Element(permutations, signs, groups)
+    return permutations, signs
 
 
-def telling_elements(key: Array, groups: UnitGroups) -> list[Element]:
-    """A few elements of which one changes what is not invariant: all units are moved and flipped, then drawn ones."""
-    shift = {g.name: jnp.roll(jnp.arange(g.size), 1) for g in groups}
-    flip = {g.name: -jnp.ones((len(g.flips), g.size), jnp.int8) for g in groups}
-    return [Element(shift, flip, groups), *(random_element(k, groups) for k in random.split(key))]
+def identity(groups: UnitGroups) -> Element:
+    """The element that changes nothing."""
+    orders = {g.name: np.arange(g.size) for g in groups}
+    return Element(orders, {g.name: np.ones((len(g.flips), g.size), np.int8) for g in groups}, groups)
+
+
+def telling_elements(groups: UnitGroups, name: str | None = None) -> list[Element]:
+    """A few elements, of all groups or of one, by which can be told whether something is invariant: all units are moved
+    and flipped in the first, those of the others are drawn."""
+    rng, elements = np.random.default_rng(0), [identity(groups) for _ in range(3)]
+    for n, element in enumerate(elements):
+        for g in groups:
+            if name in (None, g.name):
+                units = np.arange(g.size)
+                element.permutations[g.name] = rng.permutation(units) if n else np.roll(units, 1)
+                signs = rng.choice(np.array([-1, 1], np.int8), (len(g.flips), g.size))
+                element.signs[g.name] = signs if n else np.full_like(signs, -1)
+    return elements
 
 
 # ---- domains --------------------------------------------------------------------------------------------------------
@@ -219,11 +242,15 @@ def canonical_element(params: Any, groups: UnitGroups, domain: str = "bias") -> 
     plan, left_out = order_of(groups, domain)
     if left_out:
         warnings.warn("These symmetries are not removed: " + "; ".join(left_out) + ".", stacklevel=3)
+    return Element(*_found(members, groups, plan, batch), groups)
+
+
+@partial(jax.jit, static_argnums=(1, 2, 3))
+def _found(members, groups: UnitGroups, plan: tuple[Keys, ...], batch: tuple) -> tuple[dict, dict]:
     find = partial(_canonical, groups=groups, plan=plan)
     if not batch:
-        return Element(*find(members), groups)
-    found = jax.tree.map(lambda x: jnp.reshape(x, (*batch, *x.shape[1:])), jax.vmap(find)(_flat(members, batch)))
-    return Element(*found, groups)
+        return find(members)
+    return jax.tree.map(lambda x: jnp.reshape(x, (*batch, *x.shape[1:])), jax.vmap(find)(_flat(members, batch)))
 
 
 def canonicalize(params: Any, groups: UnitGroups, domain: str = "bias") -> Any:

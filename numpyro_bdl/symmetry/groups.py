@@ -139,9 +139,7 @@ class UnitGroups:
                 raise ValueError(f"Group '{name}': its axes must have one length, got {found}.")
             flips = {_path(path) for path in units.flips}
             if unknown := flips - {m.path for m in members}:
-                raise ValueError(
-                    f"Group '{name}': flips names {sorted(map('/'.join, unknown))}, which it does not have."
-                )
+                raise ValueError(f"Group '{name}': flips names {_listed(unknown)}, which it does not have.")
             kinds = (tuple(m.path in flips for m in members),) if flips else ()
             made.append(UnitGroup(name, sizes.pop(), tuple(members), len(units.writes), kinds))
         used = {member.path for group in made for member in group.members}

@@ -26,17 +26,17 @@ FAR = np.array([21, 55, 210, 1010], np.float32)
 def classify(function: Callable[[np.ndarray], Any]) -> str:
     """What a scalar function is: ``"constant"``, ``"linear"``, ``"odd"``, ``"even"``, ``"homogeneous"`` (positively,
     as ReLU) or ``"other"``. By its values on a grid; a function that is both odd and homogeneous is linear."""
-    plus, minus, twice = (
-        np.asarray(function(np.concatenate([scale * NEAR, scale * FAR]))).astype(np.float64) for scale in (1, -1, 2)
-    )
-    finite = np.isfinite(plus) & np.isfinite(minus) & np.isfinite(twice)
+    plus, minus, plus_twice, minus_twice = values = [
+        np.asarray(function(scale * np.concatenate([NEAR, FAR]))).astype(np.float64) for scale in (1, -1, 2, -2)
+    ]
+    finite = np.isfinite(values).all(0)
     if not finite[: len(NEAR)].all():
         return "other"
-    plus, minus, twice = plus[finite], minus[finite], twice[finite]
-    close = lambda a, b: np.allclose(a, b, rtol=1e-4, atol=1e-5 * (1e-6 + np.abs(plus[: len(NEAR)]).max()))
-    if close(plus, plus[0]) and close(minus, plus[0]):
+    size = 1e-6 + np.abs(plus[: len(NEAR)]).max()
+    close = lambda a, b: np.allclose(a[finite], b[finite], rtol=1e-4, atol=1e-5 * size)
+    if close(plus, np.full_like(plus, plus[0])) and close(minus, np.full_like(plus, plus[0])):
         return "constant"
-    odd, homogeneous = close(minus, -plus), close(twice, 2 * plus)
+    odd, homogeneous = close(minus, -plus), close(plus_twice, 2 * plus) and close(minus_twice, 2 * minus)
     if odd:
         return "linear" if homogeneous else "odd"
     if close(minus, plus):

@@ -1,0 +1,255 @@
+# Copyright Contributors to the numpyro_bdl project.
+# SPDX-License-Identifier: Apache-2.0
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import pytest
+from flax import linen as nn
+from flax import nnx
+from jax import lax, random
+from networks import CASES, MLP, Layers
+from numpyro.contrib.module import random_flax_module
+
+from numpyro_bdl.symmetry import (
+    Element,
+    UnitGroups,
+    Units,
+    apply,
+    canonicalize,
+    find_groups,
+    find_model_groups,
+    random_element,
+)
+from numpyro_bdl.symmetry.action import telling_elements
+from numpyro_bdl.symmetry.signs import classify, solutions
+from numpyro_bdl.symmetry.trace import Trace
+
+
+def equal(one, other):
+    """Bitwise, for every leaf."""
+    return all(bool((a == b).all()) for a, b in zip(*map(jax.tree.leaves, (one, other)), strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:These symmetries are not removed")
+@pytest.mark.parametrize("name", CASES)
+def test_network(name):
+    """Its groups; that copies compute the same function; that all of them lead to one network, bitwise."""
+    case = CASES[name]
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=case.shape).astype(np.float32)
+    groups = find_groups(case.network, None, x)
+    assert {g.name: (g.size, len(g.flips)) for g in groups} == case.groups
+    assert not groups.left_out
+
+    params = jax.jit(case.network.init)(random.key(1), x)
+    params = jax.tree.map(lambda w: np.asarray(w) + rng.uniform(0.1, 0.4, w.shape).astype(w.dtype), params)
+    function = jax.jit(jax.vmap(lambda p: case.network.apply(p, x)))
+    copies = apply(random_element(random.key(2), groups, (12,)), params)
+    networks = jax.tree.map(lambda one, some: jnp.concatenate([one[None], some]), params, copies)
+    assert not equal(jax.tree.map(lambda w: w[:1], networks), jax.tree.map(lambda w: w[1:], networks))
+    values = function(networks)
+    np.testing.assert_allclose(values, values[:1].repeat(13, 0), atol=1e-5 * (1 + np.abs(values).max()))
+
+    for domain in ("bias", "incoming", "outgoing"):
+        folded = canonicalize(networks, groups, domain)
+        assert equal(canonicalize(folded, groups, domain), folded)
+        first = jax.tree.map(lambda w: w[:1], folded)
+        if case.unique:
+            assert equal(folded, jax.tree.map(lambda w: w.repeat(13, 0), first))
+        np.testing.assert_allclose(function(folded), values, atol=1e-5 * (1 + np.abs(values).max()))
+
+
+@pytest.mark.parametrize("name", ["attention", "group norm"])
+def test_units_along_one_axis_are_sorted_and_their_signs_reported(name):
+    """Heads and their features: exchanges are removed, and of the signs a warning tells."""
+    case = CASES[name]
+    params = jax.jit(case.network.init)(random.key(1), np.ones(case.shape, np.float32))
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda w: np.asarray(w) + rng.uniform(0.1, 0.4, w.shape).astype(w.dtype), params)
+    groups = find_groups(case.network, params, jnp.ones(case.shape))
+    element = random_element(random.key(5), groups, (12,))
+    moved = Element(element.permutations, jax.tree.map(jnp.ones_like, element.signs), groups)
+    with pytest.warns(UserWarning, match="not removed: .*: signs of units that lie along those of another group"):
+        folded, copies = canonicalize(params, groups), canonicalize(apply(moved, params), groups)
+    for one, other in zip(*map(jax.tree.leaves, (folded, copies)), strict=True):
+        np.testing.assert_array_equal(jnp.abs(other), jnp.broadcast_to(jnp.abs(one), other.shape))
+
+
+def kinds_of_sign(*layers, shape=(3, 4)):
+    network = Layers((nn.Dense(5) if len(shape) == 2 else nn.Conv(5, (2, 2)), *layers, nn.Dense(2)))
+    (first,) = [g for g in find_groups(network, None, jnp.ones(shape)) if g.size == 5]
+    return len(first.flips), first.pointwise
+
+
+@pytest.mark.parametrize(
+    ("activation", "kinds", "name"),
+    [
+        (jnp.tanh, 1, "odd"),
+        (jax.lax.erf, 1, "odd"),
+        (nn.soft_sign, 1, "odd"),
+        (nn.hard_tanh, 1, "odd"),
+        (lambda x: x * jnp.abs(x), 1, "odd"),
+        (lambda x: jnp.clip(x, -9.0, 9.0), 1, "odd"),
+        (jnp.cos, 1, "even"),
+        (jnp.square, 1, "even"),
+        (nn.relu, 0, "homogeneous"),
+        (nn.leaky_relu, 0, "homogeneous"),
+        (nn.silu, 0, "other"),
+        (nn.gelu, 0, "other"),
+        (nn.elu, 0, "other"),
+        (nn.sigmoid, 0, "other"),
+        (lambda x: jnp.clip(x, -9.0, 10.0), 0, "other"),
+    ],
+)
+def test_activations_are_told_apart_by_their_values(activation, kinds, name):
+    assert kinds_of_sign(activation) == (kinds, name)
+
+
+@pytest.mark.parametrize(
+    ("layer", "kinds"),
+    [
+        (lambda x: nn.avg_pool(x, (2, 2)), 1),
+        (lambda x: nn.max_pool(x, (2, 2)), 0),
+        (nn.LayerNorm(use_scale=False, use_bias=False), 0),
+        (nn.RMSNorm(use_scale=False), 1),
+        (nn.BatchNorm(use_running_average=False, use_scale=False, use_bias=False), 1),
+        (lambda x: x - x.max(-1, keepdims=True), 0),
+        (lambda x: x + 1.0, 0),
+        (lambda x: x + 0.0, 1),
+        (lambda x: -2.0 * x, 1),
+        (lambda x: x / jnp.sum(x**2), 1),
+    ],
+)
+def test_what_layers_do_to_signs(layer, kinds):
+    network = Layers((nn.Conv(5, (2, 2)), layer, jnp.tanh, nn.Dense(2)))
+    x = random.normal(random.key(0), (3, 6, 6, 2))
+    function = lambda p: network.apply({"params": p}, x, mutable=["batch_stats"])[0]
+    params = network.init(random.key(0), x)["params"]
+    (group,) = find_groups(function, params)
+    assert len(group.flips) == kinds
+
+
+def test_naming_a_sign_that_is_none_changes_the_function():
+    """The negative controls: what is not found would be wrong."""
+    x = random.normal(random.key(0), (20, 3))
+    flips = ("b", "w1", "w2")
+    params = {"w1": random.normal(random.key(1), (3, 4)), "b": jnp.ones(4), "w2": random.normal(random.key(2), (4, 1))}
+    groups = UnitGroups.of(params, {"hidden": Units({"b": 0, "w1": 1}, {"w2": 0}, flips)})
+    copy = apply(telling_elements(groups)[0], params)
+    for activation, same in ((jnp.tanh, True), (nn.relu, False), (nn.sigmoid, False), (nn.silu, False)):
+        f = lambda p, a=activation: a(x @ p["w1"] + p["b"]) @ p["w2"]
+        assert (float(jnp.abs(f(copy) - f(params)).max()) < 1e-5) == same
+
+
+@pytest.mark.parametrize(
+    ("operation", "reason"),
+    [
+        (lambda x: jnp.concatenate([x, x], 1), "'concatenate' takes a part of it"),
+        (lambda x: jnp.sort(x, 1), "no rule is known for the operation 'sort'"),
+        (lambda x: jnp.cumsum(x, 1), "no rule is known for the operation 'cumsum'"),
+        (lambda x: x * jnp.arange(5.0), "it is numbered"),
+        (lambda x: x[:, ::-1], "'rev' takes a part of it"),
+        (lambda x: x * np.array([1.0, 2, 3, 4, 5], np.float32), "a constant varies along it"),
+    ],
+)
+def test_what_can_not_be_followed_is_left_out_and_said(operation, reason):
+    groups = find_groups(Layers((nn.Dense(5), operation, nn.Dense(2))), None, jnp.ones((3, 4)))
+    assert len(groups) == 0
+    assert any("params/layers_0/kernel[1]" in line and line.endswith(reason) for line in groups.left_out)
+
+
+def test_a_group_that_changes_the_function_is_left_out(monkeypatch):
+    """As if the rule for reversing were wrong."""
+    take_all = lambda self, params, args, shapes: [self._take(args[0], range(len(shapes[0])))]
+    monkeypatch.setattr(Trace, "_rev", take_all)
+    groups = find_groups(Layers((nn.Dense(5), lambda x: x[:, ::-1], nn.Dense(2))), None, jnp.ones((3, 4)))
+    assert len(groups) == 0
+    assert "layers_0: changes the function by" in groups.left_out[0]
+
+
+def test_loops_and_branches():
+    def function(params, x):
+        h = lax.fori_loop(0, 3, lambda _, h: jnp.tanh(h @ params["w"] + x @ params["v"]), jnp.zeros((len(x), 4)))
+        h = lax.cond(x.sum() > 0, lambda h: 2 * h, lambda h: h, h)
+        h = lax.while_loop(lambda c: jnp.sum(c**2) < 5, lambda c: 1.5 * c + params["b"], h)
+        return h @ params["out"]
+
+    params = {"w": jnp.eye(4), "v": jnp.ones((2, 4)), "b": jnp.ones(4), "out": jnp.ones((4, 1))}
+    (group,) = find_groups(function, params, jnp.ones((3, 2)))
+    assert (group.size, len(group.flips)) == (4, 1)
+    assert {str(m) for m in group.members} == {"v[1]", "w[1]", "w[0]", "b[0]", "out[0]"}
+
+
+def test_nnx_modules_have_the_groups_of_linen_ones():
+    class Network(nnx.Module):
+        def __init__(self, rngs):
+            self.first, self.norm = nnx.Linear(2, 5, rngs=rngs), nnx.BatchNorm(5, use_running_average=True, rngs=rngs)
+            self.dropout, self.last = nnx.Dropout(0.5, deterministic=True, rngs=rngs), nnx.Linear(5, 1, rngs=rngs)
+
+        def __call__(self, x):
+            return self.last(self.dropout(jnp.tanh(self.norm(self.first(x)))))
+
+    (group,) = find_groups(Network(nnx.Rngs(0)), None, jnp.ones((3, 2)))
+    assert (group.name, group.size, len(group.flips)) == ("first", 5, 2)
+    assert {"norm/mean", "norm/var", "norm/scale", "norm/bias"} < {"/".join(m.path) for m in group.members}
+
+
+def test_parameters_that_the_function_does_not_use_are_no_group():
+    groups = find_groups(lambda p, x: x @ p["w"], {"w": jnp.ones((2, 3)), "unused": jnp.ones((7, 7))}, jnp.ones((4, 2)))
+    assert len(groups) == 0
+
+
+def heteroscedastic(x, y):
+    location = random_flax_module("location", MLP((3,)), dist.Normal(0, 1), input_shape=(1, 2))
+    scale = random_flax_module("scale", MLP((4,), nn.relu), dist.Normal(0, 1), input_shape=(1, 2))
+    gain = numpyro.sample("gain", dist.HalfNormal(1).expand([3]).to_event(1))
+    weight = numpyro.sample("weight", dist.Normal(0, 1).expand([3]).to_event(1))
+    with numpyro.plate("data", len(x)):
+        loc = location(x)[:, 0] + jnp.tanh(x[:, :1] * gain) @ weight
+        numpyro.sample("y", dist.Normal(loc, jnp.exp(scale(x)[:, 0])), obs=y)
+
+
+def test_groups_of_a_model():
+    """A network behind the scale is seen; a site that must be positive has no sign, whatever the function."""
+    groups = find_model_groups(heteroscedastic, jnp.ones((10, 2)), jnp.ones(10))
+    kinds = {g.name: (g.size, len(g.flips)) for g in groups}
+    assert kinds == {"gain": (3, 0), "location/Dense_0": (3, 1), "scale/Dense_0": (4, 0)}
+
+
+def test_a_table():
+    table = str(find_groups(MLP((5,)), None, jnp.ones((3, 2))))
+    assert table.splitlines() == [
+        "group    units  signs  pointwise  axes",
+        "Dense_0  5      yes    odd        params/Dense_0/kernel[1], params/Dense_0/bias[0], params/Dense_1/kernel[0]",
+        "equivalent copies: 10^3.6",
+    ]
+
+
+def test_classify():
+    assert classify(lambda x: 3 * x) == "linear"
+    assert classify(lambda x: np.full_like(x, 2.0)) == "constant"
+    assert classify(lambda x: np.where(x > 100, x + 1, x)) == "other"
+    with np.errstate(invalid="ignore"):
+        assert classify(np.log) == "other"
+
+
+def test_solutions_over_gf2():
+    """x1 + x2 = 0 and x2 + x3 + x4 = 0 with x4 unwanted: x1 = x2 and x3 are free."""
+    bits = [1, 2, 4, 8]
+    assert solutions([0b0011, 0b1110], bits[:3]) == [(True, True, False), (False, False, True)]
+    assert solutions([0b0011, 0b0110, 0b0001], bits[:3]) == []
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: find_groups(3, {}), TypeError, "needs a function or a Flax module, got int"),
+        (lambda: find_groups(lambda p: p, None), TypeError, "params=None is for Flax modules"),
+    ],
+)
+def test_bad_input(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
