@@ -153,6 +153,11 @@ def _dataset(data: dict, dims: dict, coords: dict, sample_dims: list[str] | None
     return dict_to_dataset(data, dims=dims, coords=coords, sample_dims=sample_dims)
 
 
+def _name(kernel: Any) -> str:
+    inner = getattr(kernel, "kernel", None)
+    return type(kernel).__name__ + (f"({_name(inner)})" if inner is not None else "")
+
+
 def _attributes(mcmc: MCMC) -> dict[str, Any]:
     import numpyro
 
@@ -160,7 +165,7 @@ def _attributes(mcmc: MCMC) -> dict[str, Any]:
     attributes: dict[str, Any] = {
         "inference_library": "numpyro",
         "inference_library_version": numpyro.__version__,
-        "kernel": type(kernel).__name__,
+        "kernel": _name(kernel),
     }
     temperature = getattr(kernel, "_temperature", None)
     if temperature is not None and not callable(temperature):

@@ -133,11 +133,11 @@ def inclusion_probabilities(mcmc) -> dict[str, np.ndarray]:
     if missing:
         raise ValueError(f"inclusion_probabilities: the run did not keep the draws of '{missing[0]}'.")
     if state.mask:
+        # a weight that was kept is not 0; the mask of the last draw would be no mask for draws that were folded
         result = {}
-        for name, kept in kept_groups(mcmc).items():
-            known = kept.astype(np.float32)
-            known[list(bad_chains(mcmc))] = np.nan
-            result[name] = np.broadcast_to(known[:, None], (len(kept), draws[name].shape[1], *kept.shape[1:]))
+        for name, prior in kernel.priors.items():
+            result[name] = np.array(prior.groups.total(draws[name] != 0) > 0, np.float32)
+            result[name][list(bad_chains(mcmc))] = np.nan
         return result
     result = {}
     for name, prior in kernel.priors.items():
@@ -169,7 +169,7 @@ def inclusion_groups(mcmc) -> dict[str, tuple[dict, dict, dict, list[str]]]:
         "inclusion": (*flat(inclusion_probabilities(mcmc), 2), ["chain", "draw"]),
         "inclusion_rate": (rates, {}, {}, ["chain"]),
     }
-    if mcmc.last_state.mask:
+    if mcmc.last_state.mask and not hasattr(mcmc.last_state, "unfolded"):  # else each draw has a mask of its own
         tree["mask"] = (*flat(kept_groups(mcmc), 1), ["chain"])
     return tree
 

@@ -270,6 +270,11 @@ def masks(mcmc: Any) -> dict[str, np.ndarray]:
     """
     potential_of(mcmc)  # whose groups the kernel then has
     warn_of_bad_chains(mcmc)
+    if hasattr(mcmc.last_state, "unfolded"):
+        raise ValueError(
+            "The run is symmetry-restricted, so that each draw has a mask of its own: its weights that are not 0, or"
+            ' the field "mask" of run(..., extra_fields=("mask",)).'
+        )
     return final_masks(mcmc)
 
 

@@ -285,12 +285,15 @@ class SymmetryRestricted(MCMCKernel):
                 found = self.kernel._own_gradient(there, found, state.i, state.warmup_steps)
             return found
 
-        keys = random.split(random.key(0), len(z))
-        z = {n: x + random.uniform(k, x.shape, x.dtype, 0.1, 1.0) for (n, x), k in zip(z.items(), keys, strict=True)}
-        for group in self.unit_groups:
-            at_z = gradient(z)
-            for element in telling_elements(self.unit_groups, group.name):
-                self._compare(group.name, apply(element, at_z), gradient(apply(element, z)))
+        rng = np.random.default_rng(0)
+        for _ in range(3):
+            # of all sizes, as a spike and a slab are seen at different ones
+            size = {n: 10.0 ** rng.uniform(-2, 0.3, x.shape) * rng.choice([-1, 1], x.shape) for n, x in z.items()}
+            point = {n: size[n].astype(x.dtype) for n, x in z.items()}
+            there = gradient(point)
+            for group in self.unit_groups:
+                for element in telling_elements(self.unit_groups, group.name):
+                    self._compare(group.name, apply(element, there), gradient(apply(element, point)))
 
     @staticmethod
     def _compare(group: str, expected: dict, found: dict) -> None:

@@ -148,16 +148,16 @@ def identity(groups: UnitGroups) -> Element:
 
 
 def telling_elements(groups: UnitGroups, name: str | None = None) -> list[Element]:
-    """A few elements, of all groups or of one, by which can be told whether something is invariant: all units are moved
-    and flipped in the first, those of the others are drawn."""
+    """A few elements, of all groups or of one, that show whether something is invariant: the first moves and flips all
+    units, the second flips every other one."""
     rng, elements = np.random.default_rng(0), [identity(groups) for _ in range(3)]
-    for n, element in enumerate(elements):
-        for g in groups:
-            if name in (None, g.name):
-                units = np.arange(g.size)
-                element.permutations[g.name] = rng.permutation(units) if n else np.roll(units, 1)
-                signs = rng.choice(np.array([-1, 1], np.int8), (len(g.flips), g.size))
-                element.signs[g.name] = signs if n else np.full_like(signs, -1)
+    for g in groups:
+        if name in (None, g.name):
+            units, kinds = np.arange(g.size), (len(g.flips), g.size)
+            orders = np.roll(units, 1), rng.permutation(units), rng.permutation(units)
+            signs = -np.ones(kinds), np.broadcast_to((-1.0) ** units, kinds), rng.choice([-1, 1], kinds)
+            for element, order, sign in zip(elements, orders, signs, strict=True):
+                element.permutations[g.name], element.signs[g.name] = order, sign.astype(np.int8)
     return elements
 
 
