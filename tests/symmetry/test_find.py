@@ -183,6 +183,14 @@ def test_loops_and_branches():
     assert {str(m) for m in group.members} == {"v[1]", "w[1]", "w[0]", "b[0]", "out[0]"}
 
 
+def test_embeddings_and_lookups():
+    function = lambda p, ids: jnp.tanh(p["table"][ids] + p["position"]) @ p["table"].T
+    params = {"table": jnp.ones((7, 4)), "position": jnp.ones((3, 4))}
+    (group,) = find_groups(function, params, jnp.array([[0, 1, 6], [2, 2, 5]]))
+    assert (group.size, len(group.flips)) == (4, 1)
+    assert {str(m) for m in group.members} == {"table[1]", "position[1]"}
+
+
 def test_nnx_modules_have_the_groups_of_linen_ones():
     class Network(nnx.Module):
         def __init__(self, rngs):
