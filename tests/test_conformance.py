@@ -41,10 +41,11 @@ class Enrolled(NamedTuple):
 
 
 def spike_slab(model, **kwargs):
-    """A spike of next to no weight, so that the target is the model's own posterior."""
+    """A spike of next to no weight, unless it is told otherwise, so that the target is the model's own posterior."""
     sites = model.__code__.co_consts if hasattr(model, "__code__") else ()
     groups = {"w": "unstructured"} if "w" in sites else None
-    return bdl.SpikeSlabSGHMC(model, groups=groups, momentum=0.5, inclusion=1 - 1e-6, spike_variance=0.5, **kwargs)
+    options = {"momentum": 0.5, "inclusion": 1 - 1e-6, "spike_variance": 0.5} | kwargs
+    return bdl.SpikeSlabSGHMC(model, groups=groups, **options)
 
 
 # a temperature other than 1, which some tests set
@@ -60,6 +61,9 @@ KERNELS = {
     "SGHMC, corrected": Enrolled(partial(bdl.SGHMC, momentum=0.5, noise_correction=True), "state"),
     "FlatBasinSGLD, momentum": Enrolled(partial(bdl.FlatBasinSGLD, eta=0.1, coupling="euler", momentum=0.5), "state"),
     "FlatBasinSGLD, gibbs": Enrolled(partial(bdl.FlatBasinSGLD, eta=0.1, coupling="gibbs"), "state"),
+    "SpikeSlabSGHMC, pruned": Enrolled(
+        partial(spike_slab, inclusion=0.5, spike_variance=0.02, target_sparsity=0.5), "state", samples=False
+    ),
     "FlatBasinSGLD, euler": Enrolled(partial(bdl.FlatBasinSGLD, eta=0.1, coupling="euler"), "update"),
 }
 
