@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
 from jax import Array, random
+from jax.core import Tracer
 
 from numpyro_bdl.natural_parameter import natural_parameter
 from numpyro_bdl.noise import normal
@@ -69,6 +70,15 @@ def normal_scales(potential: Potential) -> dict[str, float | str]:
         else:
             result[name] = float(scale.flat[0])
     return {name: result[name] for name in potential.latent}
+
+
+@_evaluated
+def scales_from(args: tuple, kwargs: dict, potential: Potential, names: tuple[str, ...]) -> list[str]:
+    """Those of the named sites, with normal priors, whose scale depends on arguments that are traced."""
+    z, mutable = _anywhere(potential)
+    values = potential.constrain(z, potential.args, potential.kwargs)
+    sites = potential.run(values, _rows(potential), random.key(0), mutable, args, kwargs)
+    return [name for name in names if isinstance(_base(sites[name]["fn"]).scale, Tracer)]
 
 
 def _base(law: Any) -> Any:
