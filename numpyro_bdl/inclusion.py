@@ -31,6 +31,8 @@ from numpyro_bdl.weight_groups import WeightGroups
 RATE_BOUNDS = (1e-4, 1 - 1e-4)
 """Where a learned inclusion rate is kept."""
 
+_CHUNK = 64  # draws of each chain whose probabilities are computed at once
+
 
 class SpikeSlab(NamedTuple):
     """The prior of one site."""
@@ -139,11 +141,17 @@ def inclusion_probabilities(mcmc) -> dict[str, np.ndarray]:
             result[name] = np.array(prior.groups.total(draws[name] != 0) > 0, np.float32)
             result[name][list(bad_chains(mcmc))] = np.nan
         return result
-    result = {}
-    for name, prior in kernel.priors.items():
-        rate = jnp.reshape(state.rate[name], (-1, *[1] * (1 + len(prior.groups.shape))))
-        square = prior.groups.total(jnp.asarray(draws[name]) ** 2)
-        result[name] = np.asarray(jax.nn.sigmoid(prior.logit(square, rate)))
+    return {name: _given_draws(prior, state.rate[name], draws[name]) for name, prior in kernel.priors.items()}
+
+
+def _given_draws(prior: SpikeSlab, rate: Array, draws: Array) -> np.ndarray:
+    """p at every draw, (chain, draw, group), from draws of the site, (chain, draw, ...), a chunk of them at a time."""
+    rate = jnp.reshape(rate, (-1, *[1] * (1 + len(prior.groups.shape))))
+    chunk_of = jax.jit(lambda z: jax.nn.sigmoid(prior.logit(prior.groups.total(z**2), rate)))
+    result = np.empty((*draws.shape[:2], *prior.groups.shape), draws.dtype)
+    for start in range(0, draws.shape[1], _CHUNK):
+        chunk = slice(start, start + _CHUNK)
+        result[:, chunk] = chunk_of(draws[:, chunk])
     return result
 
 

@@ -10,10 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
-from jax import random
+from jax import Array, random
+from jax.core import Tracer
 
 from numpyro_bdl.natural_parameter import natural_parameter
+from numpyro_bdl.noise import normal
 from numpyro_bdl.potential import Position, Potential
+
+_FEW = 256  # rows by which one layer can be told from another
 
 
 def _evaluated(probe):
@@ -45,16 +49,14 @@ def normal_scales(potential: Potential) -> dict[str, float | str]:
         for name, site in potential.run(values, rows, random.key(0), mutable, potential.args, potential.kwargs).items():
             if name not in potential.latent:
                 continue
-            base = site["fn"]
-            while isinstance(base, (dist.Independent, dist.ExpandedDistribution)):
-                base = base.base_dist
+            base = _base(site["fn"])
             if type(base) is dist.Normal:
                 found[name] = base.loc, base.scale, 1.0 if site["scale"] is None else site["scale"]
             else:
                 words[name] = f"of the family {type(base).__name__}"
         return found
 
-    one, other = (jax.tree.map(np.asarray, read(*_start(potential, n))) for n in range(2))
+    one, other = (jax.tree.map(np.asarray, read(*_anywhere(potential, n))) for n in range(2))
     result: dict[str, float | str] = dict(words)
     for name, (loc, scale, factor) in one.items():
         if not all(np.array_equal(a, b) for a, b in zip(one[name], other[name], strict=True)):
@@ -70,8 +72,58 @@ def normal_scales(potential: Potential) -> dict[str, float | str]:
     return {name: result[name] for name in potential.latent}
 
 
+@_evaluated
+def scales_from(args: tuple, kwargs: dict, potential: Potential, names: tuple[str, ...]) -> list[str]:
+    """Those of the named sites, with normal priors, whose scale depends on arguments that are traced."""
+    z, mutable = _anywhere(potential)
+    values = potential.constrain(z, potential.args, potential.kwargs)
+    sites = potential.run(values, _rows(potential), random.key(0), mutable, args, kwargs)
+    return [name for name in names if isinstance(_base(sites[name]["fn"]).scale, Tracer)]
+
+
+def _base(law: Any) -> Any:
+    while isinstance(law, (dist.Independent, dist.ExpandedDistribution)):
+        law = law.base_dist
+    return law
+
+
 def _rows(potential: Potential) -> dict[str, Any]:
     return {name: jnp.arange(plate.subsample_size) for name, plate in potential.subsampled.items()}
+
+
+def _few_rows(potential: Potential, z: Position, mutable: dict) -> dict[str, Array]:
+    """The rows of :func:`_rows`, and a few, evenly spaced, of larger plates of data that the model can be cut to."""
+    rows = _rows(potential)
+    of_data = set().union(*potential.observed.values()) - set(rows)
+    cut = {
+        name: jnp.linspace(0, plate.size - 1, _FEW).astype(jnp.int32)
+        for name, plate in potential.plates.items()
+        if name in of_data and plate.size > _FEW
+    }
+    call = potential.args, potential.kwargs
+
+    def log_prob(rows):
+        sites = potential.run(potential.constrain(z, *call), rows, random.key(0), mutable, *call)
+        # the energy too, in which sites that are not observed take part
+        energies = potential.energies(z, rows, random.key(0), mutable, *call)
+        return {name: sites[name]["fn"].log_prob(sites[name]["value"]) for name in potential.observed}, energies
+
+    try:
+        few, _ = jax.eval_shape(log_prob, rows | cut)
+    except (ValueError, TypeError):
+        return rows
+    every, _ = jax.eval_shape(log_prob, rows)
+    expected = {
+        name: tuple(_FEW if plate in cut else n for n, plate in zip(x.shape, potential.observed[name], strict=True))
+        for name, x in every.items()
+    }
+    return rows | cut if {name: x.shape for name, x in few.items()} == expected else rows
+
+
+def _anywhere(potential: Potential, n: int = 0) -> tuple[Position, dict]:
+    """A position of no meaning, without the program that draws the first weights of a network."""
+    z, mutable = jax.eval_shape(potential.initial, random.key(n))
+    return normal(random.key(n), z), jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), mutable)
 
 
 def _start(potential: Potential, n: int = 0) -> tuple[Position, dict]:
@@ -91,7 +143,7 @@ def output_sites(potential: Potential) -> frozenset[str]:
     if not potential.observed:
         raise ValueError("The model has no observed site.")
     z, mutable = _start(potential)
-    rows = _rows(potential)
+    rows = _few_rows(potential, z, mutable)
 
     @jax.jit
     def function(z):
@@ -122,7 +174,7 @@ def sites_without_scale(potential: Potential, names: tuple[str, ...]) -> frozens
 
     The change is compared with that by turning the layer's weights over, at several positions.
     """
-    rows = _rows(potential)
+    rows = _few_rows(potential, *_start(potential))
 
     @jax.jit
     def energy(z, mutable):

@@ -3,6 +3,7 @@
 
 """What every kernel must do. A kernel is enrolled by one line of KERNELS."""
 
+import functools
 import pickle
 from collections.abc import Callable
 from functools import partial
@@ -23,7 +24,7 @@ from targets import Location, last_states
 
 import numpyro_bdl as bdl
 
-ALL_METHODS = ("sequential", "parallel", "vectorized", jax.vmap)
+OTHER_METHODS = ("sequential", "parallel", jax.vmap)
 
 
 class Enrolled(NamedTuple):
@@ -31,16 +32,20 @@ class Enrolled(NamedTuple):
 
     make: Callable
     """from a model and keyword arguments to a kernel"""
+    differs: str = "class"
+    """from those enrolled: by its class, by what its update takes from the ``"state"``, or by the ``"update"`` alone"""
     samples: bool = True
     """whether its draws follow the posterior as the step goes to zero"""
-    chain_methods: tuple = ALL_METHODS
+    chain_methods: tuple = OTHER_METHODS
+    """besides vectorized chains"""
 
 
 def spike_slab(model, **kwargs):
-    """A spike of next to no weight, so that the target is the model's own posterior."""
+    """A spike of next to no weight, unless it is told otherwise, so that the target is the model's own posterior."""
     sites = model.__code__.co_consts if hasattr(model, "__code__") else ()
     groups = {"w": "unstructured"} if "w" in sites else None
-    return bdl.SpikeSlabSGHMC(model, groups=groups, momentum=0.5, inclusion=1 - 1e-6, spike_variance=0.5, **kwargs)
+    options = {"momentum": 0.5, "inclusion": 1 - 1e-6, "spike_variance": 0.5} | kwargs
+    return bdl.SpikeSlabSGHMC(model, groups=groups, **options)
 
 
 # a temperature other than 1, which some tests set
@@ -49,19 +54,29 @@ pytestmark = pytest.mark.filterwarnings("ignore:SpikeSlabSGHMC. at temperature")
 KERNELS = {
     "SGLD": Enrolled(bdl.SGLD),
     "SGHMC": Enrolled(partial(bdl.SGHMC, momentum=0.5)),
-    "SGHMC, corrected": Enrolled(partial(bdl.SGHMC, momentum=0.5, noise_correction=True)),
     "FlatBasinSGLD, exact": Enrolled(partial(bdl.FlatBasinSGLD, eta=0.1, collect_anchor=True)),
-    "FlatBasinSGLD, euler": Enrolled(partial(bdl.FlatBasinSGLD, eta=0.1, coupling="euler")),
-    "FlatBasinSGLD, gibbs": Enrolled(partial(bdl.FlatBasinSGLD, eta=0.1, coupling="gibbs")),
-    "FlatBasinSGLD, momentum": Enrolled(partial(bdl.FlatBasinSGLD, eta=0.1, coupling="euler", momentum=0.5)),
     "PerturbedSGLD": Enrolled(partial(bdl.PerturbedSGLD, sigma=0.01), samples=False),
     "SpikeSlabSGHMC": Enrolled(spike_slab),
     "AveragedSGLD": Enrolled(partial(bdl.AveragedSGLD, anchor_steps=10)),
+    "SGHMC, corrected": Enrolled(partial(bdl.SGHMC, momentum=0.5, noise_correction=True), "state"),
+    "FlatBasinSGLD, momentum": Enrolled(partial(bdl.FlatBasinSGLD, eta=0.1, coupling="euler", momentum=0.5), "state"),
+    "FlatBasinSGLD, gibbs": Enrolled(partial(bdl.FlatBasinSGLD, eta=0.1, coupling="gibbs"), "state"),
+    "SpikeSlabSGHMC, pruned": Enrolled(
+        partial(spike_slab, inclusion=0.5, spike_variance=0.02, target_sparsity=0.5), "state", samples=False
+    ),
+    "FlatBasinSGLD, euler": Enrolled(partial(bdl.FlatBasinSGLD, eta=0.1, coupling="euler"), "update"),
 }
-every_kernel = pytest.mark.parametrize("kernel", KERNELS.values(), ids=KERNELS)
-every_sampler = pytest.mark.parametrize(
-    "kernel", [k for k in KERNELS.values() if k.samples], ids=[n for n, k in KERNELS.items() if k.samples]
-)
+
+
+def each(applies):
+    """Run a test with the kernels that it applies to; by its scope, all tests of one in a row, that they share runs."""
+    chosen = {name: kernel for name, kernel in KERNELS.items() if applies(kernel)}
+    return pytest.mark.parametrize("kernel", chosen.values(), ids=chosen, scope="module")
+
+
+every_class = each(lambda kernel: kernel.differs == "class")
+every_state = each(lambda kernel: kernel.differs != "update")
+every_sampler = each(lambda kernel: kernel.samples)
 
 # small enough a step that its bias, of order a h / 2, hides below a standard error
 SMALL, DRAWS = 0.004, 10
@@ -82,9 +97,16 @@ def run(kernel, *args, num_warmup=2, num_samples=6, num_chains=2, chain_method="
     return mcmc
 
 
+def network_kernel(kernel, network="linen", **kwargs):
+    return kernel.make(NETWORKS[network], step_size=1e-4, steps_per_draw=3, **kwargs)
+
+
 def network_run(kernel, network="linen", **kwargs):
-    made = kernel.make(NETWORKS[network], step_size=1e-4, steps_per_draw=3)
-    return run(made, X, LABELS, batch_size=20, **kwargs)
+    return run(network_kernel(kernel, network), X, LABELS, batch_size=20, **kwargs)
+
+
+# what several tests look at, and none changes
+shared_run = functools.cache(network_run)
 
 
 def assert_equal_trees(one, other):
@@ -149,9 +171,9 @@ def test_constrained_sites_against_their_exact_law(kernel):
 # ---- NumPyro's contract -------------------------------------------------------------------------------------------
 
 
-@every_kernel
+@every_state
 def test_all_chain_methods_draw_the_same(kernel):
-    reference = network_run(kernel, chain_method="vectorized").get_samples(group_by_chain=True)
+    reference = shared_run(kernel, "linen", num_chains=2).get_samples(group_by_chain=True)  # of vectorized chains
     assert not np.array_equal(*reference["net/Dense_0.kernel"][:, 0])
     for method in kernel.chain_methods:
         mcmc = network_run(kernel, chain_method=method)
@@ -159,17 +181,16 @@ def test_all_chain_methods_draw_the_same(kernel):
             np.testing.assert_allclose(value, reference[name], atol=1e-4, err_msg=f"{method} {name}")
 
 
-@every_kernel
+@every_class
 def test_legacy_keys_draw_the_same_as_typed_keys(kernel):
-    typed = network_run(kernel, key=random.key(3), num_chains=1).get_samples()
-    legacy = network_run(kernel, key=random.PRNGKey(3), num_chains=1).get_samples()
-    assert_equal_trees(typed, legacy)
+    legacy = network_run(kernel, key=random.PRNGKey(0), num_chains=1).get_samples()
+    assert_equal_trees(shared_run(kernel, "linen", num_chains=1).get_samples(), legacy)
 
 
-@every_kernel
+@every_class
 @pytest.mark.parametrize("network", NETWORKS)
 def test_networks_move_and_keep_their_mutable_collections(kernel, network):
-    mcmc = network_run(kernel, network)
+    mcmc = shared_run(kernel, network, num_chains=2)
     for value in mcmc.get_samples(group_by_chain=True).values():
         assert np.isfinite(value).all()
         assert not np.array_equal(value[:, 0], value[:, -1])
@@ -181,17 +202,16 @@ def test_networks_move_and_keep_their_mutable_collections(kernel, network):
         assert not np.array_equal(value[:, 0], value[:, -1]), path
 
 
-@every_kernel
-@pytest.mark.parametrize("num_chains", [1, 2])
-@pytest.mark.parametrize("network", ["linen", "linen with BatchNorm and dropout"])
+@every_state
+@pytest.mark.parametrize(("network", "num_chains"), [("linen", 1), ("linen with BatchNorm and dropout", 2)])
 def test_resume_equals_an_uninterrupted_run(kernel, network, num_chains):
-    whole = network_run(kernel, network, num_chains=num_chains, num_samples=8)
-    parts = network_run(kernel, network, num_chains=num_chains, num_samples=4)
+    whole = network_run(kernel, network, num_chains=num_chains, num_samples=12)
+    parts = shared_run(kernel, network, num_chains=num_chains)
     first = parts.get_samples(group_by_chain=True)
     state = pickle.loads(pickle.dumps(parts.last_state))
     # as in a new process: a new kernel and a new MCMC
-    made = kernel.make(NETWORKS[network], step_size=1e-4, steps_per_draw=3)
-    rest = MCMC(made, num_warmup=2, num_samples=4, num_chains=num_chains, chain_method="vectorized", progress_bar=False)
+    made = network_kernel(kernel, network)
+    rest = MCMC(made, num_warmup=2, num_samples=6, num_chains=num_chains, chain_method="vectorized", progress_bar=False)
     rest.post_warmup_state = state
     rest.run(state.rng_key, X, LABELS, batch_size=20)
     assert_equal_trees(rest.last_state, whole.last_state)
@@ -199,9 +219,9 @@ def test_resume_equals_an_uninterrupted_run(kernel, network, num_chains):
     assert_equal_trees(joined, jax.tree.map(np.asarray, whole.get_samples(group_by_chain=True)))
 
 
-@every_kernel
+@every_state
 def test_pickling(kernel):
-    mcmc = network_run(kernel)
+    mcmc = shared_run(kernel, "linen", num_chains=2)
     again = pickle.loads(pickle.dumps(kernel.make(NetworkModel(), step_size=1e-4, steps_per_draw=3)))
     assert_equal_trees(run(again, X, LABELS, batch_size=20).get_samples(), mcmc.get_samples())
     after = run(pickle.loads(pickle.dumps(again)), X, LABELS, batch_size=20)
@@ -215,20 +235,19 @@ class NetworkModel:
         return NETWORKS["linen"](x, y, batch_size=batch_size)
 
 
-@every_kernel
+@every_state
 def test_x64(kernel):
     def model(y, batch_size=None):
-        w = numpyro.sample("w", dist.Normal(jnp.zeros((), y.dtype), jnp.ones((), y.dtype)))
+        w = numpyro.sample("w", dist.Normal(jnp.zeros(3, y.dtype), jnp.ones(3, y.dtype)).to_event(1))
         with numpyro.plate("data", len(y), subsample_size=batch_size):
-            numpyro.sample("y", dist.Normal(w, 1), obs=numpyro.subsample(y, event_dim=0))
+            numpyro.sample("y", dist.Normal(w.sum(), 1), obs=numpyro.subsample(y, event_dim=0))
 
     made = partial(kernel.make, model, step_size=1e-2, temperature=0.5, steps_per_draw=3)
     with jax.enable_x64(True):
-        for preconditioner in (None, bdl.preconditioners.rms()):
-            for dtype in (jnp.float64, jnp.float32):
-                start = {"w": jnp.ones((2,), dtype)}
-                mcmc = run(made(preconditioner=preconditioner), jnp.ones(8, dtype), batch_size=4, init_params=start)
-                assert mcmc.last_state.z["w"].dtype == jnp.float64
+        for preconditioner, dtype in ((None, jnp.float64), (bdl.preconditioners.rms(), jnp.float32)):
+            start = {"w": jnp.ones((2, 3), dtype)}
+            mcmc = run(made(preconditioner=preconditioner), jnp.ones(8, dtype), batch_size=4, init_params=start)
+            assert mcmc.last_state.z["w"].dtype == jnp.float64
 
         # Flax keeps float32 parameters, beside a site and data in float64
         def mixed(x, y, batch_size=None):
@@ -242,9 +261,9 @@ def test_x64(kernel):
     assert run(made(), jnp.ones(8), batch_size=4).last_state.z["w"].dtype == jnp.float32
 
 
-@every_kernel
+@every_class
 def test_a_second_run_compiles_nothing(kernel, progress_bar, compilations, capsys):
-    made = kernel.make(NETWORKS["linen"], step_size=1e-4, steps_per_draw=3)
+    made = network_kernel(kernel)
     for num_chains in (1, 2):
         mcmc = MCMC(made, num_warmup=2, num_samples=4, num_chains=num_chains, chain_method="vectorized")
         assert mcmc.progress_bar
@@ -256,7 +275,7 @@ def test_a_second_run_compiles_nothing(kernel, progress_bar, compilations, capsy
     assert "step size" in capsys.readouterr().err
 
 
-@every_kernel
+@every_class
 def test_cyclical_schedule_preconditioner_and_temperature_together(kernel):
     schedule = bdl.cyclical(1e-4, steps_per_cycle=8, draws_per_cycle=2, exploration=0.5)
     made = kernel.make(NETWORKS["linen"], step_size=schedule, temperature=0.1, preconditioner=bdl.preconditioners.rms())
@@ -266,42 +285,50 @@ def test_cyclical_schedule_preconditioner_and_temperature_together(kernel):
     np.testing.assert_array_equal(mcmc.get_extra_fields()["temperature"], np.float32(0.1))
 
 
-@every_kernel
+@every_class
 def test_shared_minibatches_are_the_same_under_every_chain_method(kernel):
-    def draws(method, **kwargs):
-        made = kernel.make(NETWORKS["linen"], step_size=1e-4, **kwargs)
-        return run(made, X, LABELS, batch_size=20, chain_method=method).get_samples(group_by_chain=True)
+    def draws(method):
+        mcmc = run(network_kernel(kernel, share_batch=True), X, LABELS, batch_size=20, chain_method=method)
+        return mcmc.get_samples(group_by_chain=True)["net/Dense_0.bias"]
 
-    shared, sequential = (draws(m, share_batch=True)["net/Dense_0.bias"] for m in ("vectorized", "sequential"))
-    np.testing.assert_allclose(shared, sequential, atol=1e-5)
-    assert not np.allclose(shared, draws("vectorized")["net/Dense_0.bias"], atol=1e-7)
-    assert not np.allclose(shared, draws("vectorized", share_batch=True, batch_seed=1)["net/Dense_0.bias"], atol=1e-7)
+    shared = draws("vectorized")
+    np.testing.assert_allclose(shared, draws("sequential"), atol=1e-5)
+    own = shared_run(kernel, "linen", num_chains=2).get_samples(group_by_chain=True)["net/Dense_0.bias"]
+    assert not np.allclose(shared, own, atol=1e-7)
 
 
-@every_kernel
+def test_shared_minibatches_are_those_of_their_seed():
+    def draws(**kwargs):
+        made = network_kernel(KERNELS["SGLD"], share_batch=True, **kwargs)
+        return run(made, X, LABELS, batch_size=20).get_samples()["net/Dense_0.bias"]
+
+    assert not np.allclose(draws(), draws(batch_seed=1), atol=1e-7)
+
+
+@every_state
 def test_extra_fields_thinning_and_left_out_sites(kernel):
     mcmc = network_run(kernel, extra_fields=("i", "~z.net/Dense_1.kernel"), thinning=2, num_chains=1)
     np.testing.assert_array_equal(mcmc.get_extra_fields()["i"], [12, 18, 24])
     assert "net/Dense_1.kernel" not in mcmc.get_samples()
 
 
-@every_kernel
+@every_state
 def test_parameter_fields_are_shaped_like_the_position(kernel):
-    made = kernel.make(NETWORKS["linen"], step_size=1e-4)
-    state = run(made, X, LABELS, batch_size=20).last_state
-    for field in made.parameter_fields:
+    mcmc = shared_run(kernel, "linen", num_chains=2)
+    state = mcmc.last_state
+    for field in mcmc.sampler.parameter_fields:
         assert jax.tree.map(jnp.shape, getattr(state, field)) == jax.tree.map(jnp.shape, state.z)
 
 
-@every_kernel
+@every_state
 def test_init_params_are_the_start(kernel):
     start = {"net/Dense_0.bias": jnp.full((2, 4), 7.0)}
-    made = kernel.make(NETWORKS["linen"], step_size=1e-9)
-    mcmc = run(made, X, LABELS, num_warmup=0, num_samples=1, init_params=start)
-    np.testing.assert_allclose(mcmc.get_samples()["net/Dense_0.bias"], 7.0, atol=1e-2)
+    keys = random.split(random.key(0))
+    state = network_kernel(kernel).init(keys, 2, start, (X, LABELS), {"batch_size": 20})
+    np.testing.assert_array_equal(state.z["net/Dense_0.bias"], 7.0)
 
 
-@every_kernel
+@every_class
 def test_a_block_of_numpyros_gibbs(kernel):
     """w | s by the kernel, s | w exactly: a normal mean and its precision."""
     from numpyro.infer.gibbs import CustomGibbs, Gibbs

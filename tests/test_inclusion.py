@@ -9,7 +9,7 @@ import numpy as np
 import numpyro.distributions as dist
 import pytest
 
-from numpyro_bdl.inclusion import InclusionRate, SpikeSlab
+from numpyro_bdl.inclusion import InclusionRate, SpikeSlab, _given_draws
 from numpyro_bdl.weight_groups import partition
 
 
@@ -93,3 +93,16 @@ def test_m_step_is_bounded():
     rate = InclusionRate.of("test", dist.Beta(1.0, 1e6))
     np.testing.assert_allclose(rate.m_step(jnp.zeros(10)), 1e-4)
     np.testing.assert_allclose(InclusionRate.of("test", dist.Beta(1.0, 1.0)).m_step(jnp.ones(10)), 1 - 1e-4)
+
+
+@pytest.mark.parametrize("kind", ["unstructured", "neuron_in", lambda name, shape: np.arange(12).reshape(shape) % 5])
+@pytest.mark.parametrize("draws", [1, 64, 150])
+def test_probabilities_of_draws_come_in_chunks_and_are_those_of_all_at_once(kind, draws, monkeypatch):
+    p = prior((4, 3), kind)
+    w = jnp.asarray(np.random.default_rng(0).normal(0, 0.25, size=(2, draws, 4, 3)), jnp.float32)
+    rates = jnp.array([0.2, 0.6])
+    at_once = jax.nn.sigmoid(p.logit(p.groups.total(w**2), rates.reshape(2, 1, *[1] * len(p.groups.shape))))
+    seen, total = [], type(p.groups).total
+    monkeypatch.setattr(type(p.groups), "total", lambda groups, x: seen.append(x.shape[1]) or total(groups, x))
+    np.testing.assert_allclose(_given_draws(p, rates, w), at_once, rtol=1e-5)
+    assert max(seen) == min(draws, 64)

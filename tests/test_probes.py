@@ -12,7 +12,7 @@ from models import LABELS, NETWORKS, X
 from numpyro.contrib.module import random_flax_module
 
 from numpyro_bdl.potential import Potential
-from numpyro_bdl.probes import normal_scales, output_sites, sites_without_scale
+from numpyro_bdl.probes import _few_rows, _start, normal_scales, output_sites, sites_without_scale
 
 
 class Net(nn.Module):
@@ -59,6 +59,44 @@ def kernels(sites):
 @pytest.mark.parametrize("batch_size", [None, 10])
 def test_the_output_layer_is_where_the_function_is_affine(kind, expected, batch_size):
     assert kernels(output_sites(potential(kind, batch_size))) == expected
+
+
+def whole_arrays(x, y):
+    net = random_flax_module("net", Net(), dist.Normal(0, 1), input_shape=(3,))
+    with numpyro.plate("data", len(x)):
+        numpyro.sample("y", dist.Categorical(logits=net(x)), obs=y)
+
+
+def local_sites(x, y):
+    net = random_flax_module("net", Net(), dist.Normal(0, 1), input_shape=(3,))
+    with numpyro.plate("data", len(x)):
+        numpyro.sample("local", dist.Normal(0, 1))
+        numpyro.sample("y", dist.Categorical(logits=net(numpyro.subsample(x, 1))), obs=numpyro.subsample(y, 0))
+
+
+def another_plate(x, y):
+    with numpyro.plate("latent", 300):
+        numpyro.sample("shift", dist.Normal(0, 1))
+    NETWORKS["linen"](x, y)
+
+
+@pytest.mark.parametrize(
+    ("model", "is_cut", "without_scale"),
+    [
+        (NETWORKS["linen with BatchNorm and dropout"], True, {"Dense_0"}),
+        (another_plate, True, set()),
+        (whole_arrays, False, set()),
+        (local_sites, False, set()),
+    ],
+)
+def test_few_rows_are_evaluated_where_the_model_can_be_cut(model, is_cut, without_scale):
+    p = Potential(model, (np.tile(X, (10, 1)), np.tile(LABELS, 10)))
+    rows = _few_rows(p, *_start(p))
+    assert {name: len(index) for name, index in rows.items()} == ({"data": 256} if is_cut else {})
+    if is_cut:
+        assert (rows["data"][0], rows["data"][-1]) == (0, 599)
+    assert len(kernels(output_sites(p))) == 1
+    assert kernels(sites_without_scale(p, tuple(p.network))) == without_scale
 
 
 def two_networks(x, y):
@@ -131,6 +169,11 @@ def test_scales_of_priors():
     assert "location other than 0" in scales["shifted"]
     assert "differs between its entries" in scales["uneven"]
     assert "handlers.scale" in scales["scaled"]
+
+
+def test_scales_of_priors_are_read_without_drawing_first_weights(compilations):
+    assert normal_scales(potential("deep"))["net/out.kernel"] == 1
+    assert not [name for name in compilations if "initial" in name]
 
 
 def test_probes_give_numbers_inside_a_traced_program():

@@ -85,7 +85,8 @@ class StochasticGradientKernel(MCMCKernel):
     besides, in :meth:`_init_fields`, and how a gradient moves it, in :meth:`_update`. It may also say where the
     gradient is taken (:meth:`_gradient_point`), add terms to the energy (:meth:`_own_gradient`), derive state fields
     from the position for whoever moves it (:meth:`_derived`), study the model (:meth:`_meet_model`), refuse a run
-    (:meth:`_begin_run`) and add groups to a DataTree (:meth:`_tree_groups`).
+    (:meth:`_begin_run`) or arguments that are traced (:meth:`_meet_traced`) and add groups to a DataTree
+    (:meth:`_tree_groups`).
     Kernels are final: none overrides what another defines.
 
     One draw is ``steps_per_draw`` gradient steps, compiled as one loop; ``num_warmup``, ``num_samples`` and
@@ -171,6 +172,9 @@ class StochasticGradientKernel(MCMCKernel):
 
     def _meet_model(self, potential: Potential) -> None:
         """What the kernel has to learn of the model, or to refuse in it, before a run."""
+
+    def _meet_traced(self, args: tuple, kwargs: dict) -> None:
+        """What the kernel has to refuse in arguments that are traced (``jit_model_args=True``)."""
 
     def _begin_run(self, num_warmup: int) -> None:
         """What the kernel has to check before a run of so many draws of warm-up."""
@@ -300,6 +304,7 @@ class StochasticGradientKernel(MCMCKernel):
         model_kwargs = {} if model_kwargs is None else model_kwargs
         if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((model_args, model_kwargs))):
             self._check_traced_arguments(model_args, model_kwargs)
+            self._meet_traced(model_args, model_kwargs)
         else:
             self._prepare(model_args, model_kwargs)  # a run resumed on other data calls no init
         batched = jnp.ndim(state.i) == 1

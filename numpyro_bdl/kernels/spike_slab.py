@@ -35,7 +35,7 @@ from numpyro_bdl.kernels.base import SGState, StochasticGradientKernel, like
 from numpyro_bdl.kernels.sghmc import sghmc_step
 from numpyro_bdl.noise import normal
 from numpyro_bdl.potential import Potential
-from numpyro_bdl.probes import normal_scales, output_sites, sites_without_scale
+from numpyro_bdl.probes import normal_scales, output_sites, scales_from, sites_without_scale
 from numpyro_bdl.schedules import largest_step
 from numpyro_bdl.weight_groups import Kind, WeightGroups, partition
 
@@ -104,6 +104,7 @@ class SpikeSlabSGHMC(StochasticGradientKernel):
     :raises ValueError: for arguments out of range; when a run starts, for groups that match nothing, overlap or do not
         fit their site, a site with another prior, a spike that is not smaller than the slab, a sparsity that would
         empty a site, and pruning without warm-up.
+    :raises TypeError: with ``jit_model_args=True``, for a prior whose scale is an argument of the model.
 
     **Example**
 
@@ -298,6 +299,15 @@ class SpikeSlabSGHMC(StochasticGradientKernel):
                         " the threshold, or narrow the spike.",
                         stacklevel=7,
                     )
+
+    def _meet_traced(self, args, kwargs):
+        traced = scales_from(args, kwargs, self.potential, tuple(self.priors))
+        if traced:
+            raise TypeError(
+                f"SpikeSlabSGHMC: jit_model_args=True makes the prior scale of '{traced[0]}', an argument of the model,"
+                " an array inside the compiled program, where the slab is a constant. Bind it to the model first:"
+                " functools.partial(model, scale=...)."
+            )
 
     def _begin_run(self, num_warmup: int):
         idle = ["inclusion is learned"] * (self.inclusion_rate.beta is not None)

@@ -406,6 +406,22 @@ def test_the_probabilities_are_those_of_the_run_and_not_of_the_kernels_last():
     np.testing.assert_array_equal(bdl.inclusion_probabilities(one)["w"], before)
 
 
+def test_a_scale_that_a_compiled_program_would_trace_is_refused():
+    def run_traced(kernel, *args, **kwargs):
+        mcmc = MCMC(kernel, num_warmup=2, num_samples=3, jit_model_args=True, progress_bar=False)
+        mcmc.run(random.key(0), *args, **kwargs)
+        return mcmc
+
+    with pytest.raises(TypeError, match="makes the prior scale of 'w', an argument of the model, an array"):
+        run_traced(bdl.SpikeSlabSGHMC(regression, step_size=1e-3, groups=W), *SIX, scale=2.0)
+    bound = bdl.SpikeSlabSGHMC(partial(regression, scale=2.0), step_size=1e-3, groups=W)
+    draws = run(bound, *SIX, num_warmup=2, num_samples=3).get_samples()["w"]
+    np.testing.assert_allclose(run_traced(bound, *SIX).get_samples()["w"], draws, rtol=1e-5)
+    # a network, in whose prior the traced data have no part
+    network = bdl.SpikeSlabSGHMC(NETWORKS["linen with BatchNorm and dropout"], step_size=1e-4)
+    assert run_traced(network, X, LABELS).last_state.i == 5
+
+
 # ---- what a run says ----------------------------------------------------------------------------------------------
 
 
