@@ -48,6 +48,11 @@ def spike_slab(model, **kwargs):
     return bdl.SpikeSlabSGHMC(model, groups=groups, **options)
 
 
+def symmetry_restricted(model, **kwargs):
+    """Around SGHMC; among the networks it folds, among the targets without units it changes nothing."""
+    return bdl.SymmetryRestricted(bdl.SGHMC(model, momentum=0.5, **kwargs))
+
+
 # a temperature other than 1, which some tests set
 pytestmark = pytest.mark.filterwarnings("ignore:SpikeSlabSGHMC. at temperature")
 
@@ -58,6 +63,7 @@ KERNELS = {
     "PerturbedSGLD": Enrolled(partial(bdl.PerturbedSGLD, sigma=0.01), samples=False),
     "SpikeSlabSGHMC": Enrolled(spike_slab),
     "AveragedSGLD": Enrolled(partial(bdl.AveragedSGLD, anchor_steps=10)),
+    "SymmetryRestricted": Enrolled(symmetry_restricted),
     "SGHMC, corrected": Enrolled(partial(bdl.SGHMC, momentum=0.5, noise_correction=True), "state"),
     "FlatBasinSGLD, momentum": Enrolled(partial(bdl.FlatBasinSGLD, eta=0.1, coupling="euler", momentum=0.5), "state"),
     "FlatBasinSGLD, gibbs": Enrolled(partial(bdl.FlatBasinSGLD, eta=0.1, coupling="gibbs"), "state"),

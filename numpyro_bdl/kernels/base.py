@@ -354,7 +354,7 @@ class StochasticGradientKernel(MCMCKernel):
         self._sample_fn: Callable | None = None
 
     def _prepare(self, args: tuple, kwargs: dict) -> None:
-        if self._potential is not None and _same((self._potential.args, self._potential.kwargs), (args, kwargs)):
+        if self._potential is not None and same((self._potential.args, self._potential.kwargs), (args, kwargs)):
             return
         potential = Potential(self._model, args, kwargs, frozen=self._frozen, init_strategy=self._init_strategy)
         if self._minibatch == "epoch" and not potential.subsampled:
@@ -416,7 +416,7 @@ def like(new: Any, old: Any) -> Any:
     return jax.tree.map(lambda n, o: n if n.dtype == o.dtype else n.astype(o.dtype), new, old)
 
 
-def _same(one: Any, other: Any) -> bool:
+def same(one: Any, other: Any) -> bool:
     """Whether two trees hold the same arrays, as objects, and otherwise equal values."""
     (leaves, treedef), (others, other_treedef) = jax.tree.flatten(one), jax.tree.flatten(other)
     return treedef == other_treedef and all(

@@ -19,6 +19,7 @@ Source: Wiese et al., *Towards efficient MCMC sampling in Bayesian neural networ
 2023 (arXiv 2304.02902), for the reference set; the canonical form and the chains are not those of the paper's code.
 """
 
+import copy
 from collections import namedtuple
 from typing import Any
 
@@ -29,7 +30,7 @@ from jax import random
 from numpyro.infer.mcmc import MCMCKernel
 
 from numpyro_bdl._checks import check_choice
-from numpyro_bdl.kernels.base import StochasticGradientKernel
+from numpyro_bdl.kernels.base import StochasticGradientKernel, same
 from numpyro_bdl.potential import Potential
 from numpyro_bdl.symmetry.action import DOMAINS, Element, apply, canonical_element, random_element, telling_elements
 from numpyro_bdl.symmetry.find import groups_of
@@ -120,7 +121,7 @@ class SymmetryRestricted(MCMCKernel):
         self.domain, self.mode = domain, mode
         self._user_groups = groups
         self._unit_groups: UnitGroups | None = groups
-        self._found_for: Any = None
+        self._met: tuple[tuple, dict] | None = None
         if mode == "state":
             self._refuse_state()
 
@@ -195,11 +196,6 @@ class SymmetryRestricted(MCMCKernel):
     def init(self, rng_key, num_warmup, init_params, model_args, model_kwargs):
         """The first state of a chain, or of a batch of chains; see NumPyro's MCMCKernel."""
         state = self.kernel.init(rng_key, num_warmup, init_params, model_args, model_kwargs)
-        if getattr(self.kernel, "sample_field", None) != "z" or not isinstance(state.z, dict):
-            raise ValueError(
-                f"SymmetryRestricted needs a kernel whose position is a dict of sites in the field 'z', which"
-                f" {type(self.kernel).__name__} has not."
-            )
         self._meet(state, model_args, model_kwargs or {})
         return self._fold(state)
 
@@ -210,6 +206,20 @@ class SymmetryRestricted(MCMCKernel):
     def postprocess_fn(self, model_args, model_kwargs):
         """That of the inner kernel, which is given folded positions."""
         return self.kernel.postprocess_fn(model_args, model_kwargs)
+
+    def refresh(self, state, model_args, model_kwargs):
+        """The state under other arguments of the model (for NumPyro's Gibbs)."""
+        inner = state.state._replace(**state.unfolded)
+        return self._fold(self.kernel.refresh(inner, model_args, model_kwargs))
+
+    def wrap_model(self, wrapper):
+        """A copy of the kernel for the wrapped model (for NumPyro's Gibbs)."""
+        kernel = copy.copy(self)
+        kernel.kernel, kernel._met = self.kernel.wrap_model(wrapper), None
+        return kernel
+
+    def __getstate__(self):
+        return self.__dict__ | {"_met": None}
 
     def get_diagnostics_str(self, state) -> str:
         """The text behind the progress bar."""
@@ -230,59 +240,73 @@ class SymmetryRestricted(MCMCKernel):
             raise ValueError(_not_exact(name, why))
 
     def _meet(self, state, args: tuple, kwargs: dict) -> None:
-        potential = getattr(self.kernel, "_potential", None)
-        if potential is None and getattr(self.kernel, "model", None) is not None:
-            potential = Potential(self.kernel.model, args, kwargs)
-        z = jax.tree.map(lambda x: x[0], state.z) if jnp.ndim(state.i) else state.z
-        shapes = {name: np.shape(value) for name, value in z.items()}
-        if self._user_groups is None:
-            if potential is None:
-                raise ValueError(
-                    "SymmetryRestricted: a kernel with a potential_fn has no model in which to find groups of units;"
-                    " write them as groups=UnitGroups.of(...)."
-                )
-            if self._found_for != shapes:
-                self._unit_groups, self._found_for = groups_of(potential), shapes
-        self._check_groups(shapes, state)
-        one = jax.tree.map(lambda x: x[0], state) if jnp.ndim(state.i) else state
-        self._check_target(one, z, potential, args, kwargs)
-        if self.mode == "state" and isinstance(self.kernel, StochasticGradientKernel):
-            self._check_preconditioner(one)
+        """Find the groups and check them, once for the arguments of a run."""
+        if self._met is not None and same(self._met, (args, kwargs)):
+            return
+        if self.kernel.sample_field != "z" or not isinstance(state.z, dict):
+            raise ValueError(
+                f"SymmetryRestricted needs a kernel whose position is a dict of sites in the field 'z', which"
+                f" {type(self.kernel).__name__} has not."
+            )
+        batch = jnp.ndim(state.i)
+        z = {name: jax.ShapeDtypeStruct(x.shape[batch:], x.dtype) for name, x in state.z.items()}
+        with jax.ensure_compile_time_eval():  # chains may be begun under a transformation
+            potential = getattr(self.kernel, "_potential", None)
+            if potential is None and getattr(self.kernel, "model", None) is not None:
+                potential = Potential(self.kernel.model, args, kwargs)
+            if self._user_groups is None:
+                if potential is None:
+                    raise ValueError(
+                        "SymmetryRestricted: a kernel with a potential_fn has no model in which to find groups of"
+                        " units; write them as groups=UnitGroups.of(...)."
+                    )
+                self._unit_groups = groups_of(potential)
+            self._check_groups(z, state)
+            own = None
+            if isinstance(self.kernel, StochasticGradientKernel):
+                own = self.kernel._starts[False](random.key(0), {}, jnp.int32(1))
+                if self.mode == "state":
+                    self._check_preconditioner(own)
+            self._check_target(own, z, potential, args, kwargs)
+        self._met = args, kwargs
 
     def _check_preconditioner(self, state) -> None:
         diagonal = self.kernel._preconditioner.diagonal(state.preconditioner, state.z)
         diagonal = {name: jnp.broadcast_to(p, state.z[name].shape) for name, p in diagonal.items()}
-        moved = apply(random_element(random.key(1), self.unit_groups), diagonal, signs=False)
-        for name, p in diagonal.items():
-            if not np.array_equal(p, moved[name]):
-                why = f"its preconditioner differs between units that can be exchanged, at the site '{name}'"
-                raise ValueError(_not_exact(type(self.kernel).__name__, why))
+        for element in telling_elements(self.unit_groups):
+            moved = apply(element, diagonal, signs=False)
+            for name, p in diagonal.items():
+                if not np.array_equal(p, moved[name]):
+                    why = f"its preconditioner differs between units that can be exchanged, at the site '{name}'"
+                    raise ValueError(_not_exact(type(self.kernel).__name__, why))
 
-    def _check_groups(self, shapes: dict[str, tuple], state) -> None:
-        known = shapes | {
-            "/".join(path): np.shape(leaf) for path, leaf in leaves(getattr(state, "mutable", {})).items()
-        }
+    def _check_groups(self, z: dict, state) -> None:
+        known = {*((name,) for name in z), *leaves(getattr(state, "mutable", {}))}
         for path, _ in self.unit_groups.shapes:
-            if "/".join(path) not in known:
+            if path not in known:
                 raise ValueError(
                     f"SymmetryRestricted: the groups name '{'/'.join(path)}', which is no site of the model; its sites"
-                    f" are: {', '.join(shapes)}."
+                    f" are: {', '.join(z)}."
                 )
 
-    def _check_target(self, state, z, potential: Potential | None, args: tuple, kwargs: dict) -> None:
-        """The gradient at an equivalent position must be the equivalent gradient, in every coordinate."""
+    def _check_target(self, own, z, potential: Potential | None, args: tuple, kwargs: dict) -> None:
+        """The gradient of the prior at an equivalent position must be the equivalent gradient, in every coordinate.
+
+        :param own: A first state of a kernel of this package, which may add to the prior; else None.
+        :param z: Shapes of the position.
+        """
 
         @jax.jit
         def gradient(z):
             if potential is None:
                 return jax.grad(self.kernel._potential_fn)(z)
-            mutable = getattr(state, "mutable", {})
+            mutable = potential.initial(random.key(0))[1] if own is None else own.mutable
             prior = lambda z: potential.energies(z, {}, random.key(0), mutable, args, kwargs)[0].prior
             found = jax.grad(prior)(z)
-            if isinstance(self.kernel, StochasticGradientKernel):
-                there = state._replace(z=z)
+            if own is not None:
+                there = own._replace(z=z)
                 there = there._replace(**self.kernel._derived(there))
-                found = self.kernel._own_gradient(there, found, state.i, state.warmup_steps)
+                found = self.kernel._own_gradient(there, found, own.i, own.warmup_steps)
             return found
 
         rng = np.random.default_rng(0)

@@ -33,9 +33,9 @@ COLUMNS = 4
 class Element:
     """An element of the symmetry group of a network, or a batch of them."""
 
-    permutations: dict[str, Array]
+    permutations: dict[str, Any]
     """by group: (..., M); unit i of the result is unit permutations[i] of the argument"""
-    signs: dict[str, Array]
+    signs: dict[str, Any]
     """by group: (..., k, M) of 1 and -1, one row for each kind of sign symmetry"""
     groups: UnitGroups
 
