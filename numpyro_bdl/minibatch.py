@@ -8,7 +8,8 @@ the same under every chain method. Its work and memory at a step are O(batch), w
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax.numpy as jnp
 from jax import Array, lax, random
@@ -116,3 +117,18 @@ def full(key: Array, i: int | Array, size: int, batch: int) -> Array:
 
 
 STREAMS: dict[str, IndexStream] = {"independent": independent, "epoch": epoch, "full": full}
+
+
+def plate_rows(stream: IndexStream, key: Array, i: int | Array, plates: Mapping[str, Any]) -> dict[str, Array]:
+    """The rows that a step sees of each subsampled plate.
+
+    :param stream: One of :data:`STREAMS`.
+    :param key: PRNG key of the streams; each plate has a stream of its own.
+    :param i: Step count.
+    :param plates: The plates by name, as ``Potential.subsampled``.
+    :return: Integer indices ``(B,)`` by name.
+    """
+    return {
+        name: stream(random.fold_in(key, n), i, plate.size, plate.subsample_size)
+        for n, (name, plate) in enumerate(plates.items())
+    }

@@ -17,18 +17,14 @@ import xarray as xr
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
-@pytest.fixture(scope="module")
-def digits(tmp_path_factory):
-    """A smoke run of the demo: its folder and what it printed."""
-    pytest.importorskip("sklearn")
-    pytest.importorskip("h5netcdf")
-    output = tmp_path_factory.mktemp("digits")
+def smoke_run(example, output):
+    """What a quick run prints."""
     environment = os.environ | {
         "MPLBACKEND": "Agg",
         "JAX_COMPILATION_CACHE_DIR": str(jax.config.jax_compilation_cache_dir),
     }
     done = subprocess.run(
-        [sys.executable, EXAMPLES / "digits.py", "--quick", "--output", output],
+        [sys.executable, EXAMPLES / example, "--quick", "--output", output],
         env=environment,
         capture_output=True,
         text=True,
@@ -36,13 +32,26 @@ def digits(tmp_path_factory):
     )
     assert done.returncode == 0, done.stderr
     assert "Warning" not in done.stderr
-    return output, done.stdout
+    return done.stdout
+
+
+def table_of(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    """A smoke run of the demo: its folder and what it printed."""
+    pytest.importorskip("sklearn")
+    pytest.importorskip("h5netcdf")
+    output = tmp_path_factory.mktemp("digits")
+    return output, smoke_run("digits.py", output)
 
 
 def test_digits_judges_every_method_at_the_same_number_of_gradients(digits):
     output, printed = digits
-    with open(output / "digits.csv", newline="") as file:
-        table = list(csv.DictReader(file))
+    table = table_of(output / "digits.csv")
     assert [row["method"] for row in table] == ["MAP", "SGLD", "cyclical SGLD", "SGHMC", "FlatBasinSGLD"]
     assert {row["gradients"] for row in table} == {"150"}
     for row in table:
@@ -65,3 +74,14 @@ def test_digits_keeps_the_draws_and_the_picture(digits):
             assert ("anchor" in tree.children) == (name == "mlp-flatbasinsgld")
             assert tree["functions"]["y"].sizes == {"chain": 4, "draw": 20, "point": 64, "output": 8}
             assert tree["posterior"]["net.Dense_0.kernel"].shape == (4, 20, 64, 64)
+
+
+def test_warm_start_compares_both_starts(tmp_path):
+    pytest.importorskip("matplotlib")
+    printed = smoke_run("warm_start.py", tmp_path)
+    at_random, trained = table_of(tmp_path / "warm_start.csv")
+    assert [at_random["chains start"], trained["chains start"]] == ["at random", "trained"]
+    for row in (at_random, trained):
+        assert all(math.isfinite(float(value)) for name, value in row.items() if name != "chains start")
+        assert f"{float(row['LPPD']):.3f}" in printed
+    assert (tmp_path / "warm_start.png").stat().st_size > 10_000

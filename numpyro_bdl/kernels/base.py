@@ -21,7 +21,7 @@ from numpyro.util import is_prng_key
 
 from numpyro_bdl import preconditioners
 from numpyro_bdl._checks import check_choice, check_finite_data, check_integer, check_number, named_arguments
-from numpyro_bdl.minibatch import STREAMS, independent
+from numpyro_bdl.minibatch import STREAMS, independent, plate_rows
 from numpyro_bdl.potential import Position, Potential
 from numpyro_bdl.preconditioners import Preconditioner
 from numpyro_bdl.schedules import Schedule, as_schedule
@@ -190,10 +190,7 @@ class StochasticGradientKernel(MCMCKernel):
     # ---- one step -----------------------------------------------------------------------------------------------
 
     def _rows(self, stream: Callable, key: Array, i: Array) -> dict[str, Array]:
-        return {
-            name: stream(random.fold_in(key, n), i, plate.size, plate.subsample_size)
-            for n, (name, plate) in enumerate(self.potential.subsampled.items())
-        }
+        return plate_rows(stream, key, i, self.potential.subsampled)
 
     def _step(self, state, i: Array, warmup_steps: Array, args: tuple, kwargs: dict):
         rng_key, key_model, key_noise, key_another = random.split(state.rng_key, 4)

@@ -9,12 +9,15 @@ from numpyro_bdl.symmetry.action import apply as apply
 from numpyro_bdl.symmetry.action import canonical_element as canonical_element
 from numpyro_bdl.symmetry.action import canonicalize as canonicalize
 from numpyro_bdl.symmetry.action import random_element as random_element
+from numpyro_bdl.symmetry.align import align as align
+from numpyro_bdl.symmetry.align import aligning_element as aligning_element
 from numpyro_bdl.symmetry.chains import FunctionalModes as FunctionalModes
 from numpyro_bdl.symmetry.chains import discovery_probability as discovery_probability
 from numpyro_bdl.symmetry.chains import expected_chains as expected_chains
 from numpyro_bdl.symmetry.chains import functional_modes as functional_modes
 from numpyro_bdl.symmetry.chains import half_normal_probabilities as half_normal_probabilities
 from numpyro_bdl.symmetry.chains import plan_chains as plan_chains
+from numpyro_bdl.symmetry.draws import fold_draws as fold_draws
 from numpyro_bdl.symmetry.find import find_groups as find_groups
 from numpyro_bdl.symmetry.find import find_model_groups as find_model_groups
 from numpyro_bdl.symmetry.groups import UnitGroup as UnitGroup
