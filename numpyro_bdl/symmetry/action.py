@@ -12,13 +12,13 @@ import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache, partial, reduce
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array, random
+from jax import Array, lax, random
 
 from numpyro_bdl._checks import check_choice
 from numpyro_bdl.symmetry.groups import Member, Path, UnitGroup, UnitGroups, put_members, take_members
@@ -26,6 +26,8 @@ from numpyro_bdl.symmetry.groups import Member, Path, UnitGroup, UnitGroups, put
 DOMAINS = ("bias", "incoming", "outgoing")
 COLUMNS = 4
 """How many weights of a kernel are looked at to break a tie."""
+COUNTED = 100
+"""Up to how many units are put in order by counting those before each."""
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["permutations", "signs"], meta_fields=["groups"])
@@ -116,7 +118,8 @@ def _act(x: Array, member: Member, order: Array, signs: Array | None) -> Array:
         column = signs.reshape(-1, *[1] * (units.ndim - place - 1))
         # + 0: a flipped zero is no other number
         units = jnp.where((column < 0) & (units != 0), -units, units)
-    return jnp.take(units, order, axis=place).reshape(x.shape)
+    # the barrier: XLA would fuse one gather into the next, and compute the elements of the first many times over
+    return lax.optimization_barrier(jnp.take(units, order, axis=place).reshape(x.shape))
 
 
 def random_element(key: Array, groups: UnitGroups, shape: tuple[int, ...] = ()) -> Element:
@@ -303,7 +306,7 @@ def _canonical(members: Mapping[Path, Array], groups: UnitGroups, plan: tuple[Ke
                 if group.flips[k][n]:
                     columns[n] = jnp.where((sign < 0)[:, None], -columns[n], columns[n])
         keys = jnp.concatenate([columns[n] for n in looked_at], -1)
-        orders[group.name] = jnp.lexsort(keys.T[::-1])
+        orders[group.name] = _increasing(keys)
     orders = {name: jnp.where(finite, order, jnp.arange(len(order))) for name, order in orders.items()}
     return orders, {name: jnp.where(finite, sign, 1).astype(jnp.int8) for name, sign in signs.items()}
 
@@ -327,6 +330,22 @@ def _units_first(members, group: UnitGroup, n: int) -> Array:
     return jnp.moveaxis(units, axis + position, 0).reshape(group.size, -1)
 
 
+def _increasing(keys: Array) -> Array:
+    """The stable order (M,) of the rows of keys (M, k), the first column before the second.
+
+    Up to a hundred rows are compared all with all, which is a few times faster than a sort by several keys.
+    """
+    if len(keys) > COUNTED:
+        return jnp.lexsort(keys.T[::-1])
+    unit = jnp.arange(len(keys))
+    before, equal = jnp.zeros((len(keys),) * 2, bool), jnp.ones((len(keys),) * 2, bool)
+    for column in keys.T:
+        before |= equal & (column[:, None] < column)
+        equal &= column[:, None] == column
+    rank = jnp.sum(before | equal & (unit[:, None] < unit), 0)
+    return jnp.sum(jnp.where(rank == unit[:, None], unit, 0), 1)
+
+
 def _first_nonzero(x: Array) -> Array:
     """The first entry of each row that is not 0; 0 if there is none."""
-    return jnp.take_along_axis(x, jnp.argmax(x != 0, -1, keepdims=True), -1)[:, 0]
+    return reduce(lambda later, column: jnp.where(column != 0, column, later), x.T[::-1])

@@ -137,11 +137,7 @@ def _fold_run(mcmc: MCMC, groups: UnitGroups | None, domain: str) -> dict[str, A
     kernel, state = mcmc.sampler, mcmc.last_state
     if isinstance(kernel, SymmetryRestricted):
         kernel, state = kernel.kernel, state.state
-    one = jax.tree.map(lambda x: x[0], state) if jnp.ndim(state.i) else state
-    # at a position of its own: the last one of a chain may be NaN
-    position = potential.initial(random.key(0))[0]
-    restricted = SymmetryRestricted(kernel, groups, domain=domain)
-    restricted._check_target(one, position, potential, mcmc._args, mcmc._kwargs)
+    SymmetryRestricted(kernel, groups, domain=domain)._meet(state, mcmc._args, mcmc._kwargs)
     mutable = mcmc.get_extra_fields(group_by_chain=True).get("mutable") if potential.has_mutable else None
     return _fold(positions(mcmc) | (mutable or {}), groups, domain)
 
