@@ -12,7 +12,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import random
 from numpyro.infer import MCMC
 from xarray import DataTree
 
