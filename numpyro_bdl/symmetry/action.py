@@ -286,7 +286,8 @@ def canonicalize(params: Any, groups: UnitGroups, domain: str = "bias") -> Any:
         >>> canonicalize(params, groups)["b"].tolist(), canonicalize(params, groups)["w2"].ravel().tolist()
         ([1.0, 3.0], [6.0, -5.0])
     """
-    return apply(canonical_element(params, groups, domain), params)
+    # the barrier, as in _act: else parts of the element are computed again for each parameter
+    return apply(lax.optimization_barrier(canonical_element(params, groups, domain)), params)
 
 
 def _canonical(members: Mapping[Path, Array], groups: UnitGroups, plan: tuple[Keys, ...]) -> tuple[dict, dict]:
