@@ -423,9 +423,8 @@ def uci(names: list[str], splits: int) -> None:
     for name in names:
         steps, rate, prior = tune(name)
         setting = f"{steps} steps, rate {rate}, prior {prior:g}"
-        rows = []
         for split in range(splits):
-            data = load(name, split)
+            data, rows = load(name, split), []
             several = sample(F1, data, split, chains=CHAINS, warmup=WARMUP, draws=DRAWS, depth=DEPTH)
             one = sample(F1, data, 100 + split, chains=1, warmup=WARMUP, draws=CHAINS * DRAWS, depth=DEPTH)
             runs = {f"{CHAINS} chains": several, "1 chain": one}
@@ -435,7 +434,7 @@ def uci(names: list[str], splits: int) -> None:
                 rows.append({"data": name, "split": split, "method": method, **found, **cost})
             alone = [lppd(chain)[0] for chain in several.folded.log_density(F1, data)]
             rhat = diagnostics.function_summary(several.folded.functions(F1, data.x_test))
-            rows[-2]["detail"] = (
+            rows[0]["detail"] = (
                 f"chains alone {spell(sorted(alone), 2)}; R-hat of functions {rhat.rhat_median:.2f} median,"
                 f" {rhat.share_mixed:.0%} below 1.1"
             )
@@ -446,9 +445,9 @@ def uci(names: list[str], splits: int) -> None:
                 method = "ensemble" if members == CHAINS else "ensemble, equal gradients"
                 cost = {"gradients": members * steps, "seconds": round(seconds, 1), "detail": setting}
                 rows.append({"data": name, "split": split, "method": method, **found, **cost})
-            for row in rows[-4:]:
+            for row in rows:
                 print(row, flush=True)
-        table = replace("symmetry_uci.csv", rows)
+            table = replace("symmetry_uci.csv", rows)
     differences(table)
 
 
@@ -570,12 +569,13 @@ def write(name: str, rows: list[dict]) -> None:
 
 
 def replace(name: str, rows: list[dict]) -> list[dict]:
-    """Write rows in place of the file's rows of the same data; returns all."""
-    old, new, path = [], {row["data"] for row in rows}, RESULTS / name
+    """Write rows in place of the file's rows of the same data and split; returns all."""
+    of = lambda row: (row["data"], int(row["split"]))
+    old, new, path = [], {of(row) for row in rows}, RESULTS / name
     if path.exists():
         with path.open(newline="") as file:
-            old = [row for row in csv.DictReader(file) if row["data"] not in new]
-    rows = sorted(old + rows, key=lambda row: row["data"])
+            old = [row for row in csv.DictReader(file) if of(row) not in new]
+    rows = sorted(old + rows, key=of)
     write(name, rows)
     return rows
 

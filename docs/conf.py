@@ -84,5 +84,54 @@ def _fidelity_table():
     return _table(["kernel", "minibatch", "agreement", "total variation", "worst R-hat", "least ESS", "seconds"], body)
 
 
+def _fold_table():
+    rows = _read("symmetry_fold.csv")
+    header = [
+        "network",
+        "parameters",
+        "program",
+        "draws per second",
+        "times the copy",
+        "processor time, times the copy",
+    ]
+    columns = ("network", "parameters", "program", "draws_per_second", "times_the_copy", "processor_times_the_copy")
+    table = _table(header, [[row[c] for c in columns] for row in rows])
+    return f"Device: {rows[0]['device']}, jax {rows[0]['jax']}.\n\n" + table
+
+
+def _toys_table():
+    columns = {
+        "data": "data",
+        "seed": "seed",
+        "chains": "chains",
+        "LPPD, all draws": "lppd",
+        "last draws": "lppd_last_draws",
+        "one chain: mean": "lppd_single_mean",
+        "worst": "lppd_single_worst",
+        "best": "lppd_single_best",
+        "chains in each mode": "mode_sizes",
+        "R-hat (median): raw weights": "rhat_raw_median",
+        "folded": "rhat_folded_median",
+        "functions": "rhat_functions_median",
+    }
+    return _table(list(columns), [[row[c] for c in columns.values()] for row in _read("symmetry_toys.csv")])
+
+
+def _uci_table():
+    groups = {}
+    for row in _read("symmetry_uci.csv"):
+        groups.setdefault((row["data"], row["method"]), []).append(row)
+    means = ("lppd", "rmse", "gradients", "seconds")
+    body = [
+        [*key, ", ".join(row["lppd"] for row in rows)]
+        + [f"{statistics.mean(float(row[c]) for row in rows):.4g}" for c in means]
+        for key, rows in groups.items()
+    ]
+    return _table(["data", "method", "LPPD by split", "mean", "RMSE", "gradients", "seconds"], body)
+
+
 (GENERATED / "step.md").write_text(_step_table())
+(GENERATED / "symmetry_fold.md").write_text(_fold_table())
+(GENERATED / "symmetry_toys.md").write_text(_toys_table())
+(GENERATED / "symmetry_uci.md").write_text(_uci_table())
 (GENERATED / "fidelity.md").write_text(_fidelity_table())
