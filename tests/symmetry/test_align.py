@@ -132,7 +132,7 @@ def all_elements(groups):
     (group,) = groups
     kinds = len(group.flips)
     orders = np.array(list(itertools.permutations(range(3))))
-    signs = np.array(list(itertools.product((1, -1), repeat=3 * kinds)), np.int8).reshape(-1, kinds, 3)
+    signs = np.array(list(itertools.product((1, -1), repeat=3 * kinds)), np.int8).reshape(2 ** (3 * kinds), kinds, 3)
     repeated = {group.name: np.repeat(orders, len(signs), 0)}, {group.name: np.tile(signs, (len(orders), 1, 1))}
     return Element(*jax.tree.map(jnp.asarray, repeated), groups)
 
