@@ -54,11 +54,19 @@ class SymmetryState(namedtuple("SymmetryState", ["state", "unfolded"])):
 
 
 class SymmetryRestricted(MCMCKernel):
-    """Around any kernel: draws on the symmetry-free reference set of the network.
+    r"""Around any kernel: draws on the symmetry-free reference set of the network.
 
-    Of a hidden layer of M tanh units there are :math:`M! 2^M` equivalent copies in the posterior, and where a chain is
-    among them says nothing. Folding all draws onto one copy leaves the law of every prediction as it is, makes weights
-    of different chains comparable as far as they can be, and keeps functional modes apart.
+    .. math::
+
+        z \leftarrow K(z), \quad \text{kept: } c(z) \quad (\text{record})
+        \qquad\qquad
+        z \leftarrow c(K(g z)), \quad g \sim \text{Unif} \quad (\text{state})
+
+    with K the inner kernel, c the canonical form and g a random symmetry.
+
+    Of a hidden layer of M tanh units there are :math:`M! \, 2^M` equivalent copies in the posterior, and where a chain
+    is among them says nothing. Folding all draws onto one copy leaves the law of every prediction as it is, makes
+    weights of different chains comparable as far as they can be, and keeps functional modes apart.
 
     All that is recorded is folded by the element of its position: state fields shaped like it (an anchor, a gradient, a
     mask) and mutable collections. Masks and inclusion probabilities belong to each draw then, as its units do.

@@ -165,7 +165,7 @@ def _traced(function: Callable, params: Any, inputs: tuple) -> UnitGroups:
                 if label.fixed is None:
                     when = (0, met["writes"]) if "writes" in met else (1, met.get("reads", math.inf))
                     places.setdefault(label, []).append((when, member, bit))
-                elif label.fixed not in (None, INPUT, OUTPUT, SPACE):
+                elif label.fixed not in (INPUT, OUTPUT, SPACE) and label.size > 1:
                     reasons.setdefault(label.fixed, []).append(str(member))
     groups = [group for label, some in places.items() if (group := _group(label, some, signs))]
     groups.sort(key=lambda item: item[0])
