@@ -53,8 +53,11 @@ def symmetry_restricted(model, **kwargs):
     return bdl.SymmetryRestricted(bdl.SGHMC(model, momentum=0.5, **kwargs))
 
 
-# a temperature other than 1, which some tests set
-pytestmark = pytest.mark.filterwarnings("ignore:SpikeSlabSGHMC. at temperature")
+# a temperature other than 1, which some tests set; targets without a network
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:SpikeSlabSGHMC. at temperature"),
+    pytest.mark.filterwarnings("ignore:SymmetryRestricted. no group of units"),
+]
 
 KERNELS = {
     "SGLD": Enrolled(bdl.SGLD),

@@ -83,9 +83,9 @@ class StochasticGradientKernel(MCMCKernel):
     The base finds the energy, chooses the rows, takes the gradient, schedules step and temperature, adapts the
     preconditioner, carries mutable collections and keeps watch over bad gradients. A kernel says what its state holds
     besides, in :meth:`_init_fields`, and how a gradient moves it, in :meth:`_update`. It may also say where the
-    gradient is taken (:meth:`_gradient_point`), add terms to the energy (:meth:`_own_gradient`), derive state fields
-    from the position for whoever moves it (:meth:`_derived`), study the model (:meth:`_meet_model`), refuse a run
-    (:meth:`_begin_run`) or arguments that are traced (:meth:`_meet_traced`) and add groups to a DataTree
+    gradient is taken (:meth:`_gradient_point`), add terms to the energy (:meth:`_own_gradient`, and for the prior
+    :meth:`_prior_gradient`), say what moves with the position (:meth:`_moved`), study the model (:meth:`_meet_model`),
+    refuse a run (:meth:`_begin_run`) or arguments that are traced (:meth:`_meet_traced`) and add groups to a DataTree
     (:meth:`_tree_groups`).
     Kernels are final: none overrides what another defines.
 
@@ -166,8 +166,12 @@ class StochasticGradientKernel(MCMCKernel):
         """The gradient with that of the terms which the kernel adds to the energy."""
         return gradient
 
-    def _derived(self, state) -> dict[str, Any]:
-        """The state fields that follow from the position."""
+    def _prior_gradient(self, z: Position, gradient: Position) -> Position:
+        """The gradient of the model's prior energy at a position, with that of what the kernel puts in its place."""
+        return gradient
+
+    def _moved(self, state, move: Callable[[Position], Position]) -> dict[str, Any]:
+        """State fields that go with the position without having its shape, after a permutation of the position."""
         return {}
 
     def _meet_model(self, potential: Potential) -> None:

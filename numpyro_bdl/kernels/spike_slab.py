@@ -338,13 +338,17 @@ class SpikeSlabSGHMC(StochasticGradientKernel):
             fields |= {"mask": jax.tree.map(jnp.ones_like, z), "mean_inclusion": zeros, "mean_square": zeros}
         return fields
 
-    def _derived(self, state):
-        widening, key = self._widening(state.i, state.warmup_steps), random.fold_in(state.rng_key, len(state.z))
-        inclusion = self._e_step(state.z, state.rate, widening, key, jnp.maximum(state.temperature, 1e-6))
-        if self._prune_schedule:
-            pruned = state.i >= self._prune_schedule.steps(state.warmup_steps)[1]
-            inclusion = jax.tree.map(lambda p: jnp.where(pruned, 1, p), inclusion)
-        return {"inclusion": like(inclusion, state.inclusion)}
+    def _prior_gradient(self, z, gradient):
+        """With the indicators summed out, whatever the E-step is."""
+        rate = jnp.asarray(self.inclusion_rate.first, self._dtype)
+        p = {n: jax.nn.sigmoid(prior.logit(prior.groups.total(z[n] ** 2), rate)) for n, prior in self.priors.items()}
+        return gradient | {n: gradient[n] + prior.gradient(z[n], p[n]) for n, prior in self.priors.items()}
+
+    def _moved(self, state, move):
+        groups = self.groups.items()
+        spread = {n: jnp.broadcast_to(g.spread(state.inclusion[n]), state.z[n].shape) for n, g in groups}
+        moved = move(spread)
+        return {"inclusion": {n: (g.total(moved[n]) / g.size).astype(moved[n].dtype) for n, g in groups}}
 
     def _own_gradient(self, state, gradient, i, warmup_steps):
         widening = self._widening(i, warmup_steps)

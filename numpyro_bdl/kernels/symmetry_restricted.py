@@ -20,6 +20,7 @@ Source: Wiese et al., *Towards efficient MCMC sampling in Bayesian neural networ
 """
 
 import copy
+import warnings
 from collections import namedtuple
 from typing import Any
 
@@ -27,13 +28,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import random
+from numpyro.infer import HMC, NUTS
 from numpyro.infer.mcmc import MCMCKernel
+from numpyro.util import is_prng_key
 
 from numpyro_bdl._checks import check_choice
 from numpyro_bdl.kernels.base import StochasticGradientKernel, same
 from numpyro_bdl.potential import Potential
 from numpyro_bdl.symmetry.action import DOMAINS, Element, apply, canonical_element, random_element, telling_elements
-from numpyro_bdl.symmetry.find import groups_of
+from numpyro_bdl.symmetry.find import failures_of, groups_of
 from numpyro_bdl.symmetry.groups import UnitGroups, leaves
 
 MODES = ("record", "state")
@@ -123,6 +126,11 @@ class SymmetryRestricted(MCMCKernel):
                 "SymmetryRestricted: groups must come from symmetry.find_groups, or be written as UnitGroups.of(...),"
                 f" got {type(groups).__name__}."
             )
+        if kernel.is_ensemble_kernel:
+            raise ValueError(
+                f"SymmetryRestricted: {type(kernel).__name__} moves its chains together, and can't be restricted; fold"
+                " its draws by symmetry.fold_draws."
+            )
         check_choice("SymmetryRestricted", "domain", domain, DOMAINS)
         check_choice("SymmetryRestricted", "mode", mode, MODES)
         self.kernel: Any = kernel
@@ -164,8 +172,7 @@ class SymmetryRestricted(MCMCKernel):
         if jax.tree.leaves(getattr(state, "mutable", ())):
             fields["mutable"] = apply(element, state.mutable)
         if isinstance(self.kernel, StochasticGradientKernel):
-            derive = self.kernel._derived
-            fields |= (jax.vmap(derive) if jnp.ndim(state.i) else derive)(state._replace(**fields))
+            fields |= self.kernel._moved(state, lambda tree: apply(element, tree, signs=False))
         return fields
 
     def _fold(self, state) -> SymmetryState:
@@ -180,8 +187,9 @@ class SymmetryRestricted(MCMCKernel):
         inner = state.state._replace(**state.unfolded)
         if self.mode == "record" or not self.unit_groups.groups:
             return inner
-        draw = lambda key: random_element(random.fold_in(key, 1), self.unit_groups)
-        element = (jax.vmap(draw) if jnp.ndim(inner.i) else draw)(inner.rng_key)
+        # a number that no kernel splits its key by
+        draw = lambda key: random_element(random.fold_in(key, 0x5EED), self.unit_groups)
+        element = (draw if is_prng_key(inner.rng_key) else jax.vmap(draw))(inner.rng_key)
         return inner._replace(**self._moved(inner, element))
 
     # ---- NumPyro's contract -----------------------------------------------------------------------------------
@@ -242,7 +250,7 @@ class SymmetryRestricted(MCMCKernel):
                 why = "its preconditioner adapts, and is not the same for all units"
             elif self.kernel.magnitude_fields:
                 why = f"it keeps {', '.join(self.kernel.magnitude_fields)}, which differ from unit to unit"
-        elif name not in ("HMC", "NUTS"):
+        elif type(self.kernel) not in (HMC, NUTS):
             why = "only HMC, NUTS and the kernels of this package are known to be exact there"
         if why:
             raise ValueError(_not_exact(name, why))
@@ -256,7 +264,7 @@ class SymmetryRestricted(MCMCKernel):
                 f"SymmetryRestricted needs a kernel whose position is a dict of sites in the field 'z', which"
                 f" {type(self.kernel).__name__} has not."
             )
-        batch = jnp.ndim(state.i)
+        batch = 0 if is_prng_key(state.rng_key) else 1
         z = {name: jax.ShapeDtypeStruct(x.shape[batch:], x.dtype) for name, x in state.z.items()}
         with jax.ensure_compile_time_eval():  # chains may be begun under a transformation
             potential = getattr(self.kernel, "_potential", None)
@@ -269,18 +277,23 @@ class SymmetryRestricted(MCMCKernel):
                         " units; write them as groups=UnitGroups.of(...)."
                     )
                 self._unit_groups = groups_of(potential)
-            self._check_groups(z, state)
-            own = None
-            if isinstance(self.kernel, StochasticGradientKernel):
-                own = self.kernel._starts[False](random.key(0), {}, jnp.int32(1))
-                if self.mode == "state":
-                    self._check_preconditioner(own)
-            self._check_target(own, z, potential, args, kwargs)
+            self._check_groups(z, state, potential)
+            if self.mode == "state" and isinstance(self.kernel, StochasticGradientKernel):
+                self._check_preconditioner(z)
+            self._check_target(z, potential, args, kwargs)
+        if not self.unit_groups.groups:
+            warnings.warn(
+                "SymmetryRestricted: no group of units was found, and nothing is folded. Left out are"
+                f" {'; '.join(self.unit_groups.left_out) or 'none'}.",
+                stacklevel=4,
+            )
         self._met = args, kwargs
 
-    def _check_preconditioner(self, state) -> None:
-        diagonal = self.kernel._preconditioner.diagonal(state.preconditioner, state.z)
-        diagonal = {name: jnp.broadcast_to(p, state.z[name].shape) for name, p in diagonal.items()}
+    def _check_preconditioner(self, z: dict) -> None:
+        zeros = {name: jnp.zeros(x.shape, x.dtype) for name, x in z.items()}
+        preconditioner = self.kernel._preconditioner
+        diagonal = preconditioner.diagonal(preconditioner.init(zeros), zeros)
+        diagonal = {name: jnp.broadcast_to(p, z[name].shape) for name, p in diagonal.items()}
         for element in telling_elements(self.unit_groups):
             moved = apply(element, diagonal, signs=False)
             for name, p in diagonal.items():
@@ -288,7 +301,7 @@ class SymmetryRestricted(MCMCKernel):
                     why = f"its preconditioner differs between units that can be exchanged, at the site '{name}'"
                     raise ValueError(_not_exact(type(self.kernel).__name__, why))
 
-    def _check_groups(self, z: dict, state) -> None:
+    def _check_groups(self, z: dict, state, potential: Potential | None) -> None:
         known = {*((name,) for name in z), *leaves(getattr(state, "mutable", {}))}
         for path, _ in self.unit_groups.shapes:
             if path not in known:
@@ -296,26 +309,21 @@ class SymmetryRestricted(MCMCKernel):
                     f"SymmetryRestricted: the groups name '{'/'.join(path)}', which is no site of the model; its sites"
                     f" are: {', '.join(z)}."
                 )
+        if self._user_groups is not None and potential is not None:
+            for text in failures_of(self.unit_groups, potential).values():
+                raise ValueError(f"SymmetryRestricted: a group is no symmetry of the model: {text}.")
 
-    def _check_target(self, own, z, potential: Potential | None, args: tuple, kwargs: dict) -> None:
-        """The gradient of the prior at an equivalent position must be the equivalent gradient, in every coordinate.
-
-        :param own: A first state of a kernel of this package, which may add to the prior; else None.
-        :param z: Shapes of the position.
-        """
+    def _check_target(self, z: dict, potential: Potential | None, args: tuple, kwargs: dict) -> None:
+        """The gradient of the prior at an equivalent position must be the equivalent gradient, in every coordinate."""
+        mutable = {} if potential is None else potential.initial(random.key(0))[1]
 
         @jax.jit
         def gradient(z):
             if potential is None:
                 return jax.grad(self.kernel._potential_fn)(z)
-            mutable = potential.initial(random.key(0))[1] if own is None else own.mutable
-            prior = lambda z: potential.energies(z, {}, random.key(0), mutable, args, kwargs)[0].prior
-            found = jax.grad(prior)(z)
-            if own is not None:
-                there = own._replace(z=z)
-                there = there._replace(**self.kernel._derived(there))
-                found = self.kernel._own_gradient(there, found, own.i, own.warmup_steps)
-            return found
+            found = jax.grad(lambda z: potential.energies(z, {}, random.key(0), mutable, args, kwargs)[0].prior)(z)
+            own = isinstance(self.kernel, StochasticGradientKernel)
+            return self.kernel._prior_gradient(z, found) if own else found
 
         rng = np.random.default_rng(0)
         for _ in range(3):

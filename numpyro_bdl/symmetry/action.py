@@ -173,8 +173,9 @@ class Keys(NamedTuple):
     group: UnitGroup
     members: tuple[int, ...]
     """numbers of the members that are looked at, the first ones first"""
-    signed: tuple[tuple[int, tuple[int, ...]], ...]
-    """for each kind of sign symmetry that can be chosen: its number, and the members looked at that it flips"""
+    signed: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
+    """sign symmetries that can be chosen, each by a member that no other flips: the kinds that make it up, and the
+    members looked at that it flips, that one first"""
     largest: bool = False
     """look at the largest absolute value of a unit, which no other group changes"""
 
@@ -215,22 +216,28 @@ def order_of(groups: UnitGroups, domain: str) -> tuple[tuple[Keys, ...], tuple[s
             break
         rest.remove(group)
         looked_at = (*biases(group), *kernels(group)) if domain == "bias" else (*kernels(group), *biases(group))
-        signed = []
-        for k, kind in _solved_for(group, looked_at):
-            flipped = tuple(n for n in looked_at if kind[n])
-            if flipped:
-                signed.append((k, flipped))
-            else:
-                left_out.append(f"{group.name}: signs that the domain '{domain}' does not see")
-        plan.append(Keys(group, looked_at, tuple(signed)))
+        signed, unseen = _by_pivots(group, looked_at)
+        left_out += [f"{group.name}: signs that the domain '{domain}' does not see"] * unseen
+        plan.append(Keys(group, looked_at, signed))
         done.add(group.name)
     return tuple(plan), tuple(left_out)
 
 
-def _solved_for(group: UnitGroup, looked_at: tuple[int, ...]) -> list[tuple[int, tuple[bool, ...]]]:
-    """The kinds of signs, those first that flip what is looked at first."""
-    first = lambda kind: next((i for i, n in enumerate(looked_at) if kind[n]), len(looked_at))
-    return sorted(enumerate(group.flips), key=lambda item: first(item[1]))
+def _by_pivots(group: UnitGroup, looked_at: tuple[int, ...]) -> tuple[tuple, bool]:
+    """Combinations of the kinds of signs, each with a member of its own; and whether some flip nothing looked at."""
+    flips = {frozenset({k}): set(np.flatnonzero(kind)) for k, kind in enumerate(group.flips)}
+    chosen: list[frozenset] = []
+    for pivot in looked_at:
+        own = next((c for c in flips if c not in chosen and pivot in flips[c]), None)
+        if own is not None:
+            # the product of two sign symmetries flips what one of them flips
+            flips = {
+                (c ^ own if c != own and pivot in f else c): (f ^ flips[own] if c != own and pivot in f else f)
+                for c, f in flips.items()
+            }
+            chosen = [c if c in flips else c ^ own for c in chosen] + [own]
+    signed = tuple((tuple(sorted(c)), tuple(n for n in looked_at if n in flips[c])) for c in chosen)
+    return signed, len(chosen) < len(flips)
 
 
 def canonical_element(params: Any, groups: UnitGroups, domain: str = "bias") -> Element:
@@ -299,13 +306,13 @@ def _canonical(members: Mapping[Path, Array], groups: UnitGroups, plan: tuple[Ke
             columns = {n: jnp.max(jnp.abs(_units_first(members, group, n)), 1, keepdims=True) for n in looked_at}
         else:
             columns = {n: _columns(members, group, n, groups, orders, signs) for n in looked_at}
-        for k, flipped in signed:
+        for kinds, flipped in signed:
             first = _first_nonzero(jnp.concatenate([columns[n] for n in flipped], -1))
             sign = jnp.where(first < 0, -1, 1).astype(jnp.int8)
-            signs[group.name] = signs[group.name].at[k].set(sign)
-            for n in looked_at:
-                if group.flips[k][n]:
-                    columns[n] = jnp.where((sign < 0)[:, None], -columns[n], columns[n])
+            for k in kinds:
+                signs[group.name] = signs[group.name].at[k].multiply(sign)
+            for n in flipped:
+                columns[n] = jnp.where((sign < 0)[:, None], -columns[n], columns[n])
         keys = jnp.concatenate([columns[n] for n in looked_at], -1)
         orders[group.name] = _increasing(keys)
     orders = {name: jnp.where(finite, order, jnp.arange(len(order))) for name, order in orders.items()}

@@ -84,12 +84,23 @@ def find_model_groups(model: Callable, *args, **kwargs) -> UnitGroups:
 
 def groups_of(potential: Potential) -> UnitGroups:
     """The groups of the model of a potential."""
+    function, params, inputs = _log_likelihood(potential)
+    return _check(_traced(function, params, inputs), function, params, inputs)
+
+
+def failures_of(groups: UnitGroups, potential: Potential) -> dict[str, str]:
+    """Those of given groups that change the log likelihood of a model, each with a text."""
+    return _failures(groups, *_log_likelihood(potential))
+
+
+def _log_likelihood(potential: Potential) -> tuple[Callable, dict, tuple]:
+    """A function of latent sites and mutable collections, first values of these, and its inputs: the data."""
     z, mutable = potential.initial(random.key(0))
     arguments, treedef = jax.tree.flatten((potential.args, potential.kwargs))
-    # the data are inputs: that two columns happen to be equal is no symmetry of the model
+    # that two columns of the data happen to be equal is no symmetry of the model
     arrays = {n: jnp.asarray(x) for n, x in enumerate(arguments) if hasattr(x, "shape")}
 
-    def log_likelihood(tree, rows, arrays):
+    def log_likelihood(tree, arrays, rows):
         call = treedef.unflatten([arrays.get(n, x) for n, x in enumerate(arguments)])
         values = potential.constrain({name: tree[name] for name in z}, *call)
         sites = potential.run(values, rows, random.key(0), {name: tree[name] for name in mutable}, *call)
@@ -97,11 +108,10 @@ def groups_of(potential: Potential) -> UnitGroups:
 
     rows = {name: jnp.arange(min(_ROWS, plate.size)) for name, plate in potential.plates.items()}
     try:
-        jax.eval_shape(log_likelihood, z | mutable, rows, arrays)
+        jax.eval_shape(log_likelihood, z | mutable, arrays, rows)
     except (ValueError, TypeError):  # a model that does not take its rows through the plate is given all of them
         rows = {}
-    function, inputs = lambda tree, arrays: log_likelihood(tree, rows, arrays), (arrays,)
-    return _check(_traced(function, z | mutable, inputs), function, z | mutable, inputs)
+    return (lambda tree, arrays: log_likelihood(tree, arrays, rows)), z | mutable, (arrays,)
 
 
 # ---- modules --------------------------------------------------------------------------------------------------------
@@ -222,10 +232,20 @@ def _named(groups: list[UnitGroup]) -> list[UnitGroup]:
 
 
 def _check(groups: UnitGroups, function: Callable, params: Any, inputs: Sequence) -> UnitGroups:
-    """Leave out the groups of which an element changes the function, at random parameters."""
-    params = _perturbed(np.random.default_rng(0), params)
-    call = jax.jit(lambda element, p: jax.tree.leaves(function(apply(element, p), *inputs)))
-    failed = {}
+    """Leave out the groups of which an element changes the function."""
+    failed = _failures(groups, function, params, inputs)
+    if not failed:
+        return groups
+    kept = groups.only(*(group.name for group in groups if group.name not in failed))
+    return UnitGroups(kept.groups, kept.shapes, (*kept.left_out, *failed.values()))
+
+
+def _failures(groups: UnitGroups, function: Callable, params: Any, inputs: Sequence) -> dict[str, str]:
+    """The groups of which an element changes the function, at parameters near the given ones; each with a text."""
+    params, failed = _perturbed(np.random.default_rng(0), params), {}
+    call = jax.jit(
+        lambda element, p: [x for x in jax.tree.leaves(function(apply(element, p), *inputs)) if _is_number(x)]
+    )
     with jax.default_matmul_precision("float32"):
         before = jax.device_get(call(identity(groups), params))
         change = lambda element: _difference(before, jax.device_get(call(element, params)))
@@ -233,26 +253,33 @@ def _check(groups: UnitGroups, function: Callable, params: Any, inputs: Sequence
             for group in groups:
                 difference = max(map(change, telling_elements(groups, group.name)))
                 if not difference <= TOLERANCE:
-                    failed[group.name] = f"{group.name}: changes the function by {difference:.1g} of its size"
-    if not failed:
-        return groups
-    kept = groups.only(*(group.name for group in groups if group.name not in failed))
-    return UnitGroups(kept.groups, kept.shapes, (*kept.left_out, *failed.values()))
+                    how = f"changes the function by {difference:.1g} of its size"
+                    how = how if np.isfinite(difference) else "can't be checked: the function is not finite"
+                    failed[group.name] = f"{group.name}: {how}"
+            failed = failed or {g.name: f"{g.name}: changes the function together with the others" for g in groups}
+    return failed
 
 
 def _difference(one: list, other: list) -> float:
     """The largest difference, as a part of the largest value."""
-    parts = [np.max(np.abs(a - b)) / (1e-30 + np.max(np.abs(a))) for a, b in zip(one, other, strict=True) if a.size]
+    pairs = [(np.asarray(a, float), np.asarray(b, float)) for a, b in zip(one, other, strict=True) if a.size]
+    parts = [np.max(np.abs(a - b)) / (1e-30 + np.max(np.abs(a))) for a, b in pairs]
     return float(np.max(parts, initial=0.0))
 
 
 def _perturbed(rng: np.random.Generator, params: Any) -> Any:
-    """Parameters changed by up to three tenths and by up to three tenths of themselves, so that none is zero and a
-    variance stays positive."""
+    """Parameters changed so that none is zero. What is positive throughout, as a variance, stays so."""
+
+    def changed(leaf):
+        scale, shift = 1 + rng.uniform(-0.3, 0.3, leaf.shape), rng.uniform(-0.3, 0.3, leaf.shape)
+        return (leaf * scale + shift * (not (leaf > 0).all())).astype(leaf.dtype)
+
     found = {path: np.asarray(leaf) for path, leaf in leaves(params).items() if _is_parameter(leaf)}
-    draw = lambda leaf: rng.uniform(-0.3, 0.3, leaf.shape)
-    changed = {path: (leaf * (1 + draw(leaf)) + draw(leaf)).astype(leaf.dtype) for path, leaf in found.items()}
-    return put_members(params, changed)
+    return put_members(params, {path: changed(leaf) for path, leaf in found.items()})
+
+
+def _is_number(x: Any) -> bool:
+    return jnp.issubdtype(x.dtype, jnp.number) or x.dtype == bool
 
 
 def _is_float_array(x: Any) -> bool:

@@ -11,29 +11,31 @@ Whether a pointwise function is odd or even is seen by evaluating it, as a whole
 its parts would pass, and ``x / (1 + abs(x))`` is odd.
 """
 
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Iterable
 
 import numpy as np
 
 from numpyro_bdl.symmetry.labels import Label, resolve, size
-from numpyro_bdl.symmetry.trace import Notes, Part, Value, whole
+from numpyro_bdl.symmetry.trace import Notes, Part, Value, prod_of, whole
 
-NEAR = np.concatenate([np.linspace(0.013, 1.97, 61), np.linspace(2.11, 7.3, 23)]).astype(np.float32)
-FAR = np.array([21, 55, 210, 1010], np.float32)
+NEAR = np.concatenate([np.logspace(-6, -2, 13), np.linspace(0.013, 1.97, 61), np.linspace(2.11, 7.3, 23)])
+FAR = np.array([21, 55, 210, 1010, 1.1e4, 1.3e5, 1.7e6])
+GRID = np.concatenate([scale * np.concatenate([NEAR, FAR]) for scale in (1, -1, 2, -2)]).astype(np.float32)
+"""Where a scalar function is looked at."""
 
 
-def classify(function: Callable[[np.ndarray], Any]) -> str:
+def classify(values: np.ndarray) -> str:
     """What a scalar function is: ``"constant"``, ``"linear"``, ``"odd"``, ``"even"``, ``"homogeneous"`` (positively,
-    as ReLU) or ``"other"``. By its values on a grid; a function that is both odd and homogeneous is linear."""
-    plus, minus, plus_twice, minus_twice = values = [
-        np.asarray(function(scale * np.concatenate([NEAR, FAR]))).astype(np.float64) for scale in (1, -1, 2, -2)
-    ]
+    as ReLU) or ``"other"``. A function that is both odd and homogeneous is linear.
+
+    :param values: Its values on the ``GRID``.
+    """
+    plus, minus, plus_twice, minus_twice = values = np.asarray(values).astype(np.float64).reshape(4, -1)
     finite = np.isfinite(values).all(0)
     if not finite[: len(NEAR)].all():
         return "other"
-    size = 1e-6 + np.abs(plus[: len(NEAR)]).max()
-    close = lambda a, b: np.allclose(a[finite], b[finite], rtol=1e-4, atol=1e-5 * size)
+    size = np.abs(plus[: len(NEAR)][NEAR < 2]).max()
+    close = lambda a, b: np.allclose(a[finite], b[finite], rtol=1e-4, atol=1e-6 * size)
     if close(plus, np.full_like(plus, plus[0])) and close(minus, np.full_like(plus, plus[0])):
         return "constant"
     odd, homogeneous = close(minus, -plus), close(plus_twice, 2 * plus) and close(minus_twice, 2 * minus)
@@ -57,7 +59,8 @@ class Signs:
         """for each label, sets of variables (as bits) whose sum is 0"""
         self.kinds: dict[Label, set[str]] = {}
         """for each label, what the functions applied to its units are"""
-        self._chains: dict[Value, tuple[Value, Callable]] = {}
+        self._chains: dict[Value, tuple[Value, np.ndarray]] = {}
+        """arrays that are a pointwise function of another, with that and the function's values"""
         for kind, *entry in notes.entries:
             getattr(self, f"_{kind}")(*entry)
 
@@ -95,8 +98,8 @@ class Signs:
         """An array that is a pointwise function of another takes its parity, if the function is odd."""
         if value not in self._chains:
             return
-        base, function = self._chains.pop(value)
-        kind = classify(function)
+        base, values = self._chains.pop(value)
+        kind = classify(values)
         form, of_base = self.variables(whole(value)), self.variables(whole(base))
         if kind not in ("linear", "constant"):
             for _, label in of_base:
@@ -125,19 +128,14 @@ class Signs:
 
     def _pointwise(self, primitive, params: dict, inputs: list[Value], dtypes: list, out: Value) -> None:
         arrays = [value for value in inputs if value.const is None]
-        chains = [self._chains.get(value, (value, lambda x: x)) for value in arrays]
-        bases = {base for base, _ in chains}
         if not arrays:
             return
-        if len(bases) == 1 and all(len(value.axes) == len(out.axes) for value in arrays):
-            functions = iter([function for _, function in chains])
-            parts = [value.const if value.const is not None else next(functions) for value in inputs]
-
-            def composed(x):
-                filled = [np.asarray(p(x) if callable(p) else np.full(x.shape, p)) for p in parts]
-                return primitive.bind(*map(np.ndarray.astype, filled, dtypes), **params)
-
-            self._chains[out] = chains[0][0], composed
+        chains = {value: self._chains.get(value, (value, GRID)) for value in arrays}
+        bases, shape = {base for base, _ in chains.values()}, [prod_of(axis) for axis in out.axes]
+        if len(bases) == 1 and all([prod_of(axis) for axis in value.axes] == shape for value in arrays):
+            parts = [chains[v][1] if v.const is None else np.full(GRID.shape, v.const) for v in inputs]
+            cast = (part.astype(dtype) for part, dtype in zip(parts, dtypes, strict=True))
+            self._chains[out] = bases.pop(), np.asarray(primitive.bind(*cast, **params))
             return
         for value in arrays:
             self._settle(value)

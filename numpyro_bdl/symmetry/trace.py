@@ -78,9 +78,9 @@ class Notes:
 POINTWISE = frozenset(
     """abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt ceil clamp
     convert_element_type copy cos cosh digamma div eq erf erf_inv erfc exp exp2 expm1 floor ge gt igamma igammac
-    integer_pow is_finite le lgamma log log1p logistic lt max min mul ne neg nextafter not or polygamma pow real
-    reduce_precision regularized_incomplete_beta rem round rsqrt select_n sign sin sinh sqrt square stop_gradient sub
-    tan tanh xor""".split()  # noqa: SIM905
+    integer_pow is_finite le lgamma log log1p logistic lt max min mul ne neg nextafter not one_minus_square or
+    polygamma pow real reduce_precision regularized_incomplete_beta rem round rsqrt select_n sign sin sinh sqrt
+    square stop_gradient sub tan tanh xor""".split()  # noqa: SIM905
 )
 
 
@@ -169,7 +169,10 @@ class Trace:
         for n, length in enumerate(shapes[0]):
             axis: Axis = () if length == 1 else (length,)
             for arg in arrays:
-                axis = unify(axis, arg.axes[n]) if resolve(axis) else arg.axes[n]
+                if prod_of(arg.axes[n]) < length:
+                    self.fix(arg, [n], "a single unit is broadcast")
+                else:
+                    axis = unify(axis, arg.axes[n]) if resolve(axis) else arg.axes[n]
             axes.append(axis)
         out = self.merge(arrays, axes, [range(len(axes))] * len(arrays))
         out.data = any(arg.data for arg in args)
@@ -275,6 +278,9 @@ class Trace:
         if args[1].const is None or args[1].const != 0:
             self.notes.none(*(Part(args[0], (n,)) for n in range(len(shapes[0]))))
         return out
+
+    def _cumsum(self, params, args, shapes):
+        return self._partly("cumsum", args[0], shapes[0], {params["axis"]})
 
     def _rev(self, params, args, shapes):
         return self._partly("rev", args[0], shapes[0], set(params["dimensions"]))
@@ -436,7 +442,7 @@ class Trace:
         return self.jaxpr(inner, args)
 
     _jit = _pjit = _closed_call = _core_call = _custom_jvp_call = _custom_vjp_call = _custom_vjp_call_jaxpr = _call
-    _checkpoint = _remat = _remat2 = _custom_lin = _call
+    _checkpoint = _remat = _remat2 = _call
 
     def _same(self, one: Value, other: Value) -> None:
         """Two arrays are one and the same, before and after a step of a loop."""
@@ -474,11 +480,11 @@ class Trace:
         return [*carry, *stacks]
 
     def _while(self, params, args, shapes):
-        tested, fixed = params["cond_nconsts"], params["body_nconsts"]
-        first = args[tested + fixed :]
+        tested, bound = params["cond_nconsts"], params["body_nconsts"]
+        first = args[tested + bound :]
         carry = [self._carried(value) for value in first]
         self.jaxpr(params["cond_jaxpr"], [*args[:tested], *carry])
-        outs = self.jaxpr(params["body_jaxpr"], [*args[tested : tested + fixed], *carry])
+        outs = self.jaxpr(params["body_jaxpr"], [*args[tested : tested + bound], *carry])
         for one, start, end in zip(carry, first, outs, strict=True):
             self._same(one, start)
             self._same(one, end)

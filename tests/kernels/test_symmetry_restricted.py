@@ -301,6 +301,25 @@ def test_bad_input(call, error, message):
         call()
 
 
+@pytest.mark.parametrize("e_step", ["soft", "hard", "gibbs"])
+def test_every_e_step_can_be_restricted(e_step):
+    kernel = bdl.SpikeSlabSGHMC(regression, step_size=1e-4, groups={"net/*.kernel": "unstructured"}, e_step=e_step)
+    bdl.SymmetryRestricted(kernel).init(random.key(0), 1, None, (X, Y), {})
+
+
+def test_groups_by_hand_that_are_no_symmetry_are_refused():
+    """The prior is symmetric, but the network is not: its two layers are not those of one group."""
+    z = {"net/Dense_0.bias": jnp.ones(3), "net/Dense_0.kernel": jnp.ones((1, 3))}
+    groups = UnitGroups.of(z, {"half": Units({"net/Dense_0.bias": 0, "net/Dense_0.kernel": 1}, {})})
+    with pytest.raises(ValueError, match="a group is no symmetry of the model: half: changes the function by"):
+        bdl.SymmetryRestricted(NUTS(regression), groups).init(random.key(0), 1, None, (X, Y), {})
+
+
+def test_a_model_without_units_says_so():
+    with pytest.warns(UserWarning, match="no group of units was found, and nothing is folded"):
+        run(bdl.SymmetryRestricted(HMC(normal(2))), num_chains=1)
+
+
 def test_a_potential_with_groups_by_hand():
     kernel = bdl.SymmetryRestricted(NUTS(potential_fn=lambda z: 0.5 * jnp.sum(z["w"] ** 2)), SWAP)
     mcmc = MCMC(kernel, num_warmup=20, num_samples=20, progress_bar=False)

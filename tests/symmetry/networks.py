@@ -78,6 +78,16 @@ class Shared(nn.Module):
         return nn.Dense(2)(jnp.tanh(shared(x)))
 
 
+class BatchNormed(nn.Module):
+    """Two kinds of signs that both flip the bias of BatchNorm."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Dense(4, use_bias=False)(x)
+        x = jnp.tanh(nn.BatchNorm(use_running_average=True)(x))
+        return nn.Dense(2)(x)
+
+
 class GroupNormed(nn.Module):
     @nn.compact
     def __call__(self, x):
@@ -111,6 +121,7 @@ CASES = {
     ),
     "recurrent": Case(Recurrent(), (3, 4, 2), {"SimpleCell_0.i": (5, 1)}),
     "shared": Case(Shared(), (3, 2), {"Dense_1": (4, 1)}),
+    "batch norm": Case(BatchNormed(), (3, 2), {"Dense_0": (4, 2)}),
     # whole groups are exchanged and flipped; within a group units are exchanged
     "group norm": Case(GroupNormed(), (3, 2), {"Dense_1[1][0]": (2, 1), "Dense_1[1][1]": (3, 0)}, unique=False),
 }

@@ -24,7 +24,8 @@ from numpyro_bdl.symmetry import (
     random_element,
 )
 from numpyro_bdl.symmetry.action import telling_elements
-from numpyro_bdl.symmetry.signs import classify, solutions
+from numpyro_bdl.symmetry.groups import put_members
+from numpyro_bdl.symmetry.signs import GRID, classify, solutions
 from numpyro_bdl.symmetry.trace import Trace
 
 
@@ -237,11 +238,49 @@ def test_a_table():
 
 
 def test_classify():
-    assert classify(lambda x: 3 * x) == "linear"
-    assert classify(lambda x: np.full_like(x, 2.0)) == "constant"
-    assert classify(lambda x: np.where(x > 100, x + 1, x)) == "other"
+    assert classify(3 * GRID) == "linear"
+    assert classify(np.full_like(GRID, 2.0)) == "constant"
+    assert classify(np.where(GRID > 100, GRID + 1, GRID)) == "other"
+    assert classify(np.clip(GRID, -5000, 3000)) == "other"
+    assert classify(np.where(GRID > 5e-3, GRID, np.minimum(GRID, 0))) == "other"
+    assert classify(GRID + 1e-5) == "other"
     with np.errstate(invalid="ignore"):
-        assert classify(np.log) == "other"
+        assert classify(np.log(GRID)) == "other"
+
+
+def test_values_that_are_used_twice_cost_no_more():
+    """The number of evaluations doubled with each of forty steps."""
+
+    def function(params, x):
+        h = x @ params["w"]
+        for _ in range(40):
+            h = h + 0.1 * jnp.sin(h)
+        return h @ params["v"]
+
+    (group,) = find_groups(function, {"w": jnp.ones((2, 3)), "v": jnp.ones((3, 1))}, jnp.ones((4, 2)))
+    assert (len(group.flips), group.pointwise) == (1, "odd")
+
+
+def test_a_single_number_for_all_units():
+    """An array of one entry is broadcast over the units."""
+    function = lambda p, x: jnp.tanh(x @ p["w"] + p["b"]) @ p["v"]
+    params = {"w": jnp.ones((2, 3)), "b": jnp.ones(1), "v": jnp.ones((3, 1))}
+    (group,) = find_groups(function, params, jnp.ones((4, 2)))
+    assert (group.size, len(group.flips)) == (3, 0)
+    assert {str(m) for m in group.members} == {"w[1]", "v[0]"}
+
+
+def test_a_network_of_small_variances():
+    network = Layers((nn.Dense(5, use_bias=False), nn.BatchNorm(use_running_average=True), jnp.tanh, nn.Dense(1)))
+    params = network.init(random.key(0), jnp.ones((3, 2)))
+    params = put_members(params, {("batch_stats", "layers_1", "var"): jnp.full(5, 0.05)})
+    (group,) = find_groups(network, params, jnp.ones((3, 2)))
+    assert len(group.flips) == 2
+
+
+def test_outputs_that_are_no_numbers():
+    function = lambda p, x: (jnp.tanh(x @ p["w"]) @ p["v"] > 0, random.key(0))
+    assert len(find_groups(function, {"w": jnp.ones((2, 3)), "v": jnp.ones((3, 1))}, jnp.ones((4, 2)))) == 1
 
 
 def test_solutions_over_gf2():
