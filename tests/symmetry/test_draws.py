@@ -164,11 +164,11 @@ def test_draws_that_are_not_finite_are_counted_and_passed_through(nuts, groups, 
     monkeypatch.setattr("numpyro_bdl.symmetry.draws._CHUNK", 7 * (12 + 4 + 4))
     draws = {name: np.array(value) for name, value in nuts.get_samples(group_by_chain=True).items()}
     whole = fold_draws(draws, groups)
-    draws[BIAS][0, 3, 1], draws[OUT][1, 14] = np.nan, np.inf
+    draws[BIAS][0, 3, 1], draws[OUT][1, 10] = np.nan, np.inf
     with pytest.warns(UserWarning, match="2 of 30 draws are not finite"):
         folded = fold_draws(draws, groups)
     bad = np.zeros((2, 15), bool)
-    bad[0, 3] = bad[1, 14] = True
+    bad[0, 3] = bad[1, 10] = True
     for name, value in folded.items():
         np.testing.assert_array_equal(value[bad], draws[name][bad])
         np.testing.assert_array_equal(value[~bad], whole[name][~bad])
