@@ -3,8 +3,7 @@
 
 r"""Chains on the reference set of a network: one representative of each set of equivalent parameters.
 
-With c(z) the canonical form of a position, h_z the element that leads to it, K the inner kernel and g a uniform draw
-from the symmetry group:
+With c(z) the canonical form of a position, K the inner kernel and g a uniform draw from the symmetry group:
 
 .. math::
 
@@ -83,8 +82,8 @@ class SymmetryRestricted(MCMCKernel):
         for the kernels of this package without a preconditioner, and refused for others. What adapts in warm-up then
         sees all copies.
     :raises TypeError: if ``kernel`` is no MCMC kernel.
-    :raises ValueError: for arguments out of range, for a mode that would not be exact; and, when a run starts, for a
-        prior that a group does not leave as it is.
+    :raises ValueError: for arguments out of range, an ensemble kernel, a mode that would not be exact; and, when a run
+        starts, for groups that are no symmetry of the model, and a prior that a group does not leave as it is.
 
     **Example**
 
@@ -165,7 +164,7 @@ class SymmetryRestricted(MCMCKernel):
         """State fields that an element permutes: what has no sign."""
         return getattr(self.kernel, "magnitude_fields", ())
 
-    def _moved(self, state, element: Element) -> dict[str, Any]:
+    def _acted_on(self, state, element: Element) -> dict[str, Any]:
         """The state fields that an element changes."""
         fields = {name: apply(element, getattr(state, name)) for name in self._vectors(state)}
         fields |= {name: apply(element, getattr(state, name), signs=False) for name in self._magnitudes()}
@@ -179,7 +178,7 @@ class SymmetryRestricted(MCMCKernel):
         if not self.unit_groups.groups:
             return SymmetryState(state, {})
         tree = state.z | (state.mutable if jax.tree.leaves(getattr(state, "mutable", ())) else {})
-        fields = self._moved(state, canonical_element(tree, self.unit_groups, self.domain))
+        fields = self._acted_on(state, canonical_element(tree, self.unit_groups, self.domain))
         before = {name: getattr(state, name) for name in fields} if self.mode == "record" else {}
         return SymmetryState(state._replace(**fields), before)
 
@@ -190,7 +189,7 @@ class SymmetryRestricted(MCMCKernel):
         # a number that no kernel splits its key by
         draw = lambda key: random_element(random.fold_in(key, 0x5EED), self.unit_groups)
         element = (draw if is_prng_key(inner.rng_key) else jax.vmap(draw))(inner.rng_key)
-        return inner._replace(**self._moved(inner, element))
+        return inner._replace(**self._acted_on(inner, element))
 
     # ---- NumPyro's contract -----------------------------------------------------------------------------------
 
@@ -310,8 +309,9 @@ class SymmetryRestricted(MCMCKernel):
                     f" are: {', '.join(z)}."
                 )
         if self._user_groups is not None and potential is not None:
-            for text in failures_of(self.unit_groups, potential).values():
-                raise ValueError(f"SymmetryRestricted: a group is no symmetry of the model: {text}.")
+            failed = failures_of(self.unit_groups, potential)
+            if failed:
+                raise ValueError(f"SymmetryRestricted: no symmetry of the model: {'; '.join(failed.values())}.")
 
     def _check_target(self, z: dict, potential: Potential | None, args: tuple, kwargs: dict) -> None:
         """The gradient of the prior at an equivalent position must be the equivalent gradient, in every coordinate."""

@@ -116,7 +116,7 @@ def _act(x: Array, member: Member, order: Array, signs: Array | None) -> Array:
     place = member.axis + member.position
     if signs is not None:
         column = signs.reshape(-1, *[1] * (units.ndim - place - 1))
-        # + 0: a flipped zero is no other number
+        # a zero is not flipped, as -0.0 has other bits
         units = jnp.where((column < 0) & (units != 0), -units, units)
     # the barrier: XLA would fuse one gather into the next, and compute the elements of the first many times over
     return lax.optimization_barrier(jnp.take(units, order, axis=place).reshape(x.shape))
@@ -332,8 +332,8 @@ def _columns(members, group: UnitGroup, n: int, groups: UnitGroups, orders: dict
 
 def _units_first(members, group: UnitGroup, n: int) -> Array:
     """A parameter as (M, everything else)."""
-    _, axis, factors, position = member = group.members[n]
-    x = members[member.path]
+    path, axis, factors, position = group.members[n]
+    x = members[path]
     units = x.reshape(*x.shape[:axis], *factors, *x.shape[axis + 1 :])
     return jnp.moveaxis(units, axis + position, 0).reshape(group.size, -1)
 

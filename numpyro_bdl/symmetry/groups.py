@@ -95,12 +95,8 @@ class UnitGroups:
     def __str__(self) -> str:
         rows = [("group", "units", "signs", "pointwise", "axes")]
         for group in self.groups:
-            signs = "; ".join(
-                "flips " + ", ".join(str(m) for m, flip in zip(group.members, kind, strict=True) if flip)
-                for kind in group.flips
-            )
-            axes = ", ".join(map(str, group.members))
-            rows.append((group.name, str(group.size), "yes" if signs else "no", group.pointwise or "-", axes))
+            signs, axes = "yes" if group.flips else "no", ", ".join(map(str, group.members))
+            rows.append((group.name, str(group.size), signs, group.pointwise or "-", axes))
         widths = [max(len(row[n]) for row in rows) for n in range(4)]
         lines = ["  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[4]]) for row in rows]
         lines.append(f"equivalent copies: 10^{log_cardinality(self) / math.log(10):.1f}")

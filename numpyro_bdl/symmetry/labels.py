@@ -39,6 +39,11 @@ def size(factor: Factor) -> int:
     return factor if isinstance(factor, int) else factor.size
 
 
+def length(axis: Iterable[Factor]) -> int:
+    """How many entries an axis has."""
+    return prod(map(size, axis))
+
+
 def resolve(axis: Iterable[Factor]) -> Axis:
     """The factors of an axis, as far as they are known by now."""
     return tuple(root for factor in axis for root in ((factor,) if isinstance(factor, int) else factor.roots()))
@@ -73,12 +78,12 @@ def cut(axis: Axis, sizes: Sequence[int], why: str) -> list[Axis]:
     parts: list[Axis] = []
     for target in sizes:
         part: list[Factor] = []
-        while factors and (left := target // prod(map(size, part))) > 1:
+        while factors and (left := target // length(part)) > 1:
             if size(factors[0]) > left and size(factors[0]) % left == 0:
                 factors[:1] = split(factors[0], left)
             part.append(factors.pop(0))
         parts.append(tuple(part))
-    if [prod(map(size, part)) for part in parts] != list(sizes):
+    if [length(part) for part in parts] != list(sizes):
         fix(axis, why)
         return [fixed(n, why) for n in sizes]
     if parts and not parts[-1] and len(lone) == 1:  # a layer of one unit
@@ -104,7 +109,7 @@ def unify(one: Axis, other: Axis, why: str = "two axes do not factor alike") -> 
             joined.append(_join(a, b))
         else:
             fix((*one, *other), why)
-            return fixed(prod(map(size, resolve(one))), why)
+            return fixed(length(resolve(one)), why)
         # a split changes every axis that the label is in
         left, right = list(resolve(left)), list(resolve(right))
     return resolve(joined)

@@ -15,8 +15,8 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from numpyro_bdl.symmetry.labels import Label, resolve, size
-from numpyro_bdl.symmetry.trace import Notes, Part, Value, prod_of, whole
+from numpyro_bdl.symmetry.labels import Label, length, resolve, size
+from numpyro_bdl.symmetry.trace import Notes, Part, Value, whole
 
 NEAR = np.concatenate([np.logspace(-6, -2, 13), np.linspace(0.013, 1.97, 61), np.linspace(2.11, 7.3, 23)])
 FAR = np.array([21, 55, 210, 1010, 1.1e4, 1.3e5, 1.7e6])
@@ -131,8 +131,8 @@ class Signs:
         if not arrays:
             return
         chains = {value: self._chains.get(value, (value, GRID)) for value in arrays}
-        bases, shape = {base for base, _ in chains.values()}, [prod_of(axis) for axis in out.axes]
-        if len(bases) == 1 and all([prod_of(axis) for axis in value.axes] == shape for value in arrays):
+        bases, shape = {base for base, _ in chains.values()}, [length(axis) for axis in out.axes]
+        if len(bases) == 1 and all([length(axis) for axis in value.axes] == shape for value in arrays):
             parts = [chains[v][1] if v.const is None else np.full(GRID.shape, v.const) for v in inputs]
             cast = (part.astype(dtype) for part, dtype in zip(parts, dtypes, strict=True))
             self._chains[out] = bases.pop(), np.asarray(primitive.bind(*cast, **params))

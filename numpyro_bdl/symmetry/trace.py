@@ -12,14 +12,13 @@ What the operations say about signs is noted in passing, and solved in :mod:`num
 """
 
 from collections.abc import Sequence
-from math import prod
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.extend.core import Literal
 
-from numpyro_bdl.symmetry.labels import Axis, Label, cut, fix, fixed, resolve, unify
+from numpyro_bdl.symmetry.labels import Axis, Label, cut, fix, fixed, length, resolve, unify
 
 INPUT, OUTPUT, SPACE = "it is an axis of the input", "it is an axis of the output", "it is an axis of space or time"
 
@@ -166,10 +165,10 @@ class Trace:
     def pointwise(self, primitive, params: dict, args: list[Value], dtypes: list, shapes: list) -> list[Value]:
         arrays = [arg for arg in args if arg.axes]
         axes: list[Axis] = []
-        for n, length in enumerate(shapes[0]):
-            axis: Axis = () if length == 1 else (length,)
+        for n, size in enumerate(shapes[0]):
+            axis: Axis = () if size == 1 else (size,)
             for arg in arrays:
-                if prod_of(arg.axes[n]) < length:
+                if length(arg.axes[n]) < size:
                     self.fix(arg, [n], "a single unit is broadcast")
                 else:
                     axis = unify(axis, arg.axes[n]) if resolve(axis) else arg.axes[n]
@@ -188,24 +187,20 @@ class Trace:
         (value, *_), (shape,) = args, shapes
         places = {to: axis for axis, to in enumerate(params["broadcast_dimensions"])}
         axes, where = [], []
-        for n, length in enumerate(shape):
+        for n, size in enumerate(shape):
             axis = places.get(n)
-            kept = axis is not None and (prod_of(value.axes[axis]) == length)
+            kept = axis is not None and length(value.axes[axis]) == size
             if axis is not None and not kept:
                 self.fix(value, [axis], "a single unit is broadcast")
-            axes.append(value.axes[axis] if kept else (() if length == 1 else (length,)))
+            axes.append(value.axes[axis] if kept else (() if size == 1 else (size,)))
             where.append(axis if kept else None)
         out = self.merge([value], axes, [where])
         out.const = value.const
         for n, axis in enumerate(where):
             if axis is not None:
                 self.notes.equal(Part(out, (n,)), Part(value, (axis,)))
-        self._no_new_signs(out, [n for n, axis in enumerate(where) if axis is None])
+        self.notes.none(*(Part(out, (n,)) for n, axis in enumerate(where) if axis is None))
         return [out]
-
-    def _no_new_signs(self, out: Value, axes) -> None:
-        if axes:
-            self.notes.none(*(Part(out, (n,)) for n in axes))
 
     def _reshape(self, params, args, shapes):
         (value, *_), (shape,) = args, shapes
@@ -219,10 +214,7 @@ class Trace:
         self.notes.equal(whole(out), whole(value))
         return [out]
 
-    def _squeeze(self, params, args, shapes):
-        return self._reshape(params, args, shapes)
-
-    _expand_dims = _squeeze
+    _squeeze = _expand_dims = _reshape
 
     def _transpose(self, params, args, shapes):
         return [self._take(args[0], params["permutation"])]
@@ -238,11 +230,11 @@ class Trace:
         """An operation that takes some axes as they are, and of the others a part, or several."""
         why = SPACE if name.startswith("reduce_window") else f"'{name}' takes a part of it"
         axes = []
-        for n, length in enumerate(shape):
+        for n, size in enumerate(shape):
             if n in cut_axes:
                 for v in (value, *others):
                     self.fix(v, [n], why)
-                axes.append(fixed(length, why))
+                axes.append(fixed(size, why))
                 continue
             axis = value.axes[n]
             for other in others:
@@ -255,7 +247,7 @@ class Trace:
         return [out]
 
     def _changed(self, value: Value, shape) -> set[int]:
-        return {n for n, length in enumerate(shape) if length != prod_of(value.axes[n])}
+        return {n for n, size in enumerate(shape) if size != length(value.axes[n])}
 
     def _slice(self, params, args, shapes):
         return self._partly("slice", args[0], shapes[0], self._changed(args[0], shapes[0]))
@@ -289,7 +281,7 @@ class Trace:
         return self._partly("concatenate", args[0], shapes[0], {params["dimension"]}, args[1:])
 
     def _dynamic_update_slice(self, params, args, shapes):
-        part = {n for n in range(len(shapes[0])) if prod_of(args[0].axes[n]) != prod_of(args[1].axes[n])}
+        part = {n for n in range(len(shapes[0])) if length(args[0].axes[n]) != length(args[1].axes[n])}
         return self._partly("dynamic_update_slice", args[0], shapes[0], part, [args[1]])
 
     def _gather(self, params, args, shapes):
@@ -297,7 +289,7 @@ class Trace:
         gone = {*numbers.collapsed_slice_dims, *getattr(numbers, "operand_batching_dims", ())}
         left = [n for n in range(len(value.axes)) if n not in gone]
         places = dict(zip(numbers.offset_dims, left, strict=True))
-        whole_axes = {n for n in left if params["slice_sizes"][n] == prod_of(value.axes[n])}
+        whole_axes = {n for n in left if params["slice_sizes"][n] == length(value.axes[n])}
         why = "'gather' takes a part of it"
         self.fix(value, [n for n in range(len(value.axes)) if n not in whole_axes], why)
         self.fix(indices, range(len(indices.axes)), why)
@@ -307,7 +299,7 @@ class Trace:
         ]
         if not value.data:
             self.meet(value, whole_axes, "writes")
-        out = Value(axes, value.data or indices.data, None if value.data or indices.data else None)
+        out = Value(axes, value.data or indices.data)
         for n, axis in enumerate(taken):
             if axis is not None:
                 self.notes.equal(Part(out, (n,)), Part(value, (axis,)))
@@ -383,7 +375,7 @@ class Trace:
         (batch, feature, *spatial), (out_feature, in_feature, *taps) = numbers.lhs_spec, numbers.rhs_spec
         self.fix(left, spatial, why)
         self.fix(right, taps, why)
-        inner, outer = prod_of(right.axes[in_feature]), prod_of(right.axes[out_feature]) // groups
+        inner, outer = length(right.axes[in_feature]), length(right.axes[out_feature]) // groups
         group, own = cut(left.axes[feature], (groups, inner), why)
         unify(own, right.axes[in_feature])
         out_group, out_own = cut(right.axes[out_feature], (groups, outer), why)
@@ -452,7 +444,7 @@ class Trace:
 
     def _carried(self, first: Value) -> Value:
         """What a loop carries: with labels of its own, as a first value of zeros has none."""
-        axes = [(Label(prod_of(axis)),) if prod_of(axis) > 1 else axis for axis in first.axes]
+        axes = [(Label(length(axis)),) if length(axis) > 1 else axis for axis in first.axes]
         return Value(axes, True)
 
     def _scan(self, params, args, shapes):
@@ -499,19 +491,14 @@ class Trace:
         return outs
 
 
-def prod_of(axis: Axis) -> int:
-    """The length of an axis."""
-    return prod(n if isinstance(n, int) else n.size for n in axis)
-
-
 def constant(value: Any, dtype=None) -> Value:
     """An array that is part of the function; it is fixed along the axes on which it varies."""
     if jax.dtypes.issubdtype(getattr(value, "dtype", np.float32), jax.dtypes.extended):
         return Value([fixed(n, "it is a random key") for n in np.shape(value)], False)
     array = np.asarray(value, dtype)
     axes: list[Axis] = []
-    for n, length in enumerate(array.shape):
-        same = length == 1 or bool(np.all(array == array.take([0], n)))
-        axes.append(() if length == 1 else (length,) if same else (Label(length, "a constant varies along it"),))
+    for n, size in enumerate(array.shape):
+        same = size > 1 and bool(np.all(array == array.take([0], n)))
+        axes.append((size,) if same else fixed(size, "a constant varies along it"))
     filled = array.size and bool(np.all(array == array.flat[0]))
     return Value(axes, False, const=array.flat[0] if filled else None)

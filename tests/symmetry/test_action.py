@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import random
-from networks import MLP
+from networks import MLP, equal
 from scipy import stats
 
 from numpyro_bdl.symmetry import (
@@ -24,11 +24,6 @@ from numpyro_bdl.symmetry import (
     log_cardinality,
     random_element,
 )
-
-
-def equal(one, other):
-    """Bitwise, for every leaf."""
-    return all(bool((a == b).all()) for a, b in zip(*map(jax.tree.leaves, (one, other)), strict=True))
 
 
 def one_layer(width=3, inputs=1):

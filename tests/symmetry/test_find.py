@@ -10,7 +10,7 @@ import pytest
 from flax import linen as nn
 from flax import nnx
 from jax import lax, random
-from networks import CASES, MLP, Layers
+from networks import CASES, MLP, Layers, equal
 from numpyro.contrib.module import random_flax_module
 
 from numpyro_bdl.symmetry import (
@@ -27,11 +27,6 @@ from numpyro_bdl.symmetry.action import telling_elements
 from numpyro_bdl.symmetry.groups import put_members
 from numpyro_bdl.symmetry.signs import GRID, classify, solutions
 from numpyro_bdl.symmetry.trace import Trace
-
-
-def equal(one, other):
-    """Bitwise, for every leaf."""
-    return all(bool((a == b).all()) for a, b in zip(*map(jax.tree.leaves, (one, other)), strict=True))
 
 
 @pytest.mark.filterwarnings("ignore:These symmetries are not removed")
