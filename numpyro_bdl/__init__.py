@@ -7,6 +7,7 @@ from importlib.metadata import version as _version
 
 from numpyro_bdl import diagnostics as diagnostics
 from numpyro_bdl import metrics as metrics
+from numpyro_bdl import mmd as mmd
 from numpyro_bdl import preconditioners as preconditioners
 from numpyro_bdl import pruning as pruning
 from numpyro_bdl import symmetry as symmetry
@@ -20,6 +21,7 @@ from numpyro_bdl.kernels import PerturbedSGLD as PerturbedSGLD
 from numpyro_bdl.kernels import SpikeSlabSGHMC as SpikeSlabSGHMC
 from numpyro_bdl.kernels import StochasticGradientKernel as StochasticGradientKernel
 from numpyro_bdl.kernels import SymmetryRestricted as SymmetryRestricted
+from numpyro_bdl.kernels import WGFEnsemble as WGFEnsemble
 from numpyro_bdl.predictive import PosteriorPredictive as PosteriorPredictive
 from numpyro_bdl.schedules import cyclical as cyclical
 from numpyro_bdl.warm_start import train_map as train_map

@@ -44,6 +44,9 @@ def to_datatree(
     - ``observed_data``: all rows, never a minibatch;
     - ``log_likelihood``, ``posterior_predictive``: on request, at the rows of the run.
 
+    The particles of an ensemble are its chains; if the run kept only their last positions (``num_samples=1``), they are
+    the draws of one chain.
+
     :param mcmc: A run of any kernel of this package; or of NUTS or HMC on a model without frozen parameters.
     :param probe: Arguments of the model at which to evaluate its function; None for 64 rows of the run, evenly spaced.
     :param sites: Sites of the function, observed or deterministic; None for every observed site.
@@ -104,6 +107,12 @@ def to_datatree(
             data, *rest = own["inclusion"]
             own["inclusion"] = ({k: v for k, v in data.items() if k not in hidden}, *rest)
         groups |= own
+
+    if getattr(mcmc.sampler, "is_ensemble_kernel", False) and predictive.batch_shape[1] == 1:
+        # without a history the particles are the draws
+        groups = {
+            name: ({k: np.swapaxes(v, 0, 1) for k, v in data.items()}, *rest) for name, (data, *rest) in groups.items()
+        }
 
     datasets = {name: _dataset(*group) for name, group in groups.items() if group[0]}
     observed = predictive.observed_data()
@@ -167,7 +176,8 @@ def _attributes(mcmc: MCMC) -> dict[str, Any]:
         "inference_library_version": numpyro.__version__,
         "kernel": _name(kernel),
     }
-    temperature = getattr(kernel, "_temperature", None)
+    ensemble = getattr(kernel, "is_ensemble_kernel", False)
+    temperature = None if ensemble else getattr(kernel, "_temperature", None)
     if temperature is not None and not callable(temperature):
         attributes["temperature"] = float(jnp.asarray(temperature))
     elif callable(temperature):
@@ -176,6 +186,8 @@ def _attributes(mcmc: MCMC) -> dict[str, Any]:
             attributes["temperature"] = float(of_draws[0])
     if hasattr(kernel, "_share_batch"):
         attributes["chains_share_minibatches"] = int(kernel._share_batch)
+    if hasattr(kernel, "_tree_attributes"):
+        attributes |= kernel._tree_attributes()
     bad = bad_chains(mcmc)
     if bad:
         attributes["bad_chains"] = list(bad)

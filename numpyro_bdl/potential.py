@@ -30,7 +30,7 @@ from jax.core import Tracer
 from numpyro.contrib.module import ParamShape
 from numpyro.distributions.transforms import Transform, biject_to
 from numpyro.handlers import seed, substitute, trace
-from numpyro.infer import init_to_uniform
+from numpyro.infer import init_to_sample, init_to_uniform
 from numpyro.infer.util import _unconstrain_reparam, compute_log_probs, transform_fn
 from numpyro.primitives import Messenger
 
@@ -127,8 +127,8 @@ class Potential:
 
     # ---- structure ------------------------------------------------------------------------------------------
 
-    def _run_initial(self, key: Array) -> tuple[dict, "_Record"]:
-        strategy = self.init_strategy or init_to_uniform()
+    def _run_initial(self, key: Array, strategy: Callable | None = None) -> tuple[dict, "_Record"]:
+        strategy = strategy or self.init_strategy or init_to_uniform()
 
         def first_values(site):
             if site["type"] == "plate":
@@ -230,6 +230,17 @@ class Potential:
             filled = [leaf if leaf is not None else value for leaf, value in zip(leaves, given, strict=True)]
             self._params[name] = (treedef, filled)
 
+    def data_plate(self, sizes: Mapping[str, int]) -> str | None:
+        """The plate that the observed sites share, those outside of all plates aside; of several the subsampled, else
+        the largest.
+
+        :param sizes: The plates to choose from, with their sizes.
+        """
+        of_sites = [set(names) - {None} for names in self.observed.values()]
+        shared = set(sizes).intersection(*filter(None, of_sites)) if any(of_sites) else set()
+        ranked = sorted(shared, key=lambda name: (name in self.subsampled, sizes[name]))
+        return ranked[-1] if ranked else None
+
     @property
     def has_mutable(self) -> bool:
         """Whether a network of the model has mutable collections."""
@@ -260,6 +271,12 @@ class Potential:
         :return: Position in unconstrained space, and the mutable collections ({} if there are none).
         """
         return self._initial(key)
+
+    def prior_draw(self, key: Array) -> Position:
+        """A draw from the prior, in unconstrained space; of a site with a flat prior, what
+        :func:`numpyro.infer.init_to_uniform` gives."""
+        sites, _ = self._run_initial(key, init_to_sample())
+        return {name: biject_to(sites[name]["fn"].support).inv(sites[name]["value"]) for name in self.latent}
 
     def _without_keys(self, mutable: dict) -> dict:
         return jax.tree.map(lambda x: None if _is_key(x) else x, mutable)
@@ -317,16 +334,28 @@ class Potential:
         return Energies(prior, likelihood), self._without_keys(new)
 
     def gradient(
-        self, z: Position, rows: dict[str, Array], key: Array, mutable: dict, args: tuple, kwargs: dict
+        self,
+        z: Position,
+        rows: dict[str, Array],
+        key: Array,
+        mutable: dict,
+        args: tuple,
+        kwargs: dict,
+        prior_weight: float = 1.0,
     ) -> tuple[Array, Position, dict]:
         """The energy, its gradient in unconstrained space, and the mutable collections after the run.
 
         The parameters are those of :meth:`energies`.
+
+        :param prior_weight: What the prior part is multiplied by; with 0 it is not evaluated.
         """
 
         def energy(z):
             energies, new = self.energies(z, rows, key, mutable, args, kwargs)
-            return energies.prior + energies.likelihood, new
+            if not prior_weight:
+                return energies.likelihood, new
+            prior = energies.prior if prior_weight == 1 else prior_weight * energies.prior
+            return prior + energies.likelihood, new
 
         (value, new), gradient = jax.value_and_grad(energy, has_aux=True)(z)
         return value, gradient, new

@@ -138,7 +138,7 @@ class PosteriorPredictive:
         :return: By site, an array (chain, draw, row, output), and the rows; None in place of them, and every row in
             the arrays, if the observed sites share no plate.
         """
-        plate = self._data_plate({k: p.size for k, p in self.potential.plates.items()})
+        plate = self.potential.data_plate({k: p.size for k, p in self.potential.plates.items()})
         if plate is None:
             return self.functions(sites=sites, **kwargs), None
         size = self.potential.plates[plate].size
@@ -169,7 +169,7 @@ class PosteriorPredictive:
         call, arrays = _call(self.potential, extract, names, args, kwargs)
         first = jax.tree.map(lambda w: w[0], self._draws)
         outputs, frames, plates = call.describe(*first, key, {}, arrays)
-        plate = self._data_plate(plates)
+        plate = self.potential.data_plate(plates)
         axes = {name: _row_axis(frames[name], plate) for name in names}
 
         size = plates[plate] if plate else 1
@@ -222,14 +222,6 @@ class PosteriorPredictive:
         if args or any(hasattr(leaf, "shape") for leaf in jax.tree.leaves(kwargs)):
             return args, kwargs
         return run_args, run_kwargs | kwargs
-
-    def _data_plate(self, plates: dict[str, int]) -> str | None:
-        """The plate that the observed sites share, those outside of all plates aside; of several the subsampled, else
-        the largest."""
-        of_sites = [set(names) - {None} for names in self.potential.observed.values()]
-        shared = set(plates).intersection(*filter(None, of_sites)) if any(of_sites) else set()
-        ranked = sorted(shared, key=lambda name: (name in self.potential.subsampled, plates[name]))
-        return ranked[-1] if ranked else None
 
 
 class _Call:

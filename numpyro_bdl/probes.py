@@ -3,6 +3,7 @@
 
 """What a model tells of itself when it is evaluated: constant priors, its output layer, layers without a scale."""
 
+from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
@@ -32,12 +33,15 @@ def _evaluated(probe):
 
 
 @_evaluated
-def normal_scales(potential: Potential) -> dict[str, float | str]:
-    """The scale of every latent site whose prior is a centred normal law with one constant scale.
+def normal_priors(
+    potential: Potential, families: tuple[type, ...] = (dist.Normal,)
+) -> dict[str, tuple[np.ndarray, np.ndarray] | str]:
+    """Location and scale of the prior of every latent site that is normal, with constants.
 
     Whether location and scale are constants is seen by evaluating the model at two positions.
 
-    :return: The scale by site; for any other site, in words, what its prior is instead.
+    :param families: Families with a location and a scale; ``LogNormal`` too is normal in unconstrained space.
+    :return: By site, arrays shaped like it; for any other site, in words, what its prior is instead.
     """
     words: dict[str, str] = {}
     rows = _rows(potential)
@@ -50,26 +54,41 @@ def normal_scales(potential: Potential) -> dict[str, float | str]:
             if name not in potential.latent:
                 continue
             base = _base(site["fn"])
-            if type(base) is dist.Normal:
-                found[name] = base.loc, base.scale, 1.0 if site["scale"] is None else site["scale"]
+            if type(base) in families:
+                moments = (jnp.broadcast_to(x, z[name].shape) for x in (base.loc, base.scale))
+                found[name] = *moments, 1.0 if site["scale"] is None else site["scale"]
             else:
                 words[name] = f"of the family {type(base).__name__}"
         return found
 
     one, other = (jax.tree.map(np.asarray, read(*_anywhere(potential, n))) for n in range(2))
-    result: dict[str, float | str] = dict(words)
+    result: dict[str, Any] = dict(words)
     for name, (loc, scale, factor) in one.items():
         if not all(np.array_equal(a, b) for a, b in zip(one[name], other[name], strict=True)):
             result[name] = "a Normal whose location or scale depends on other latent sites"
-        elif np.any(loc != 0):
-            result[name] = "a Normal with a location other than 0"
         elif np.any(factor != 1):
             result[name] = "a Normal scaled by handlers.scale"
-        elif np.any(scale != scale.flat[0]):
+        else:
+            result[name] = loc, scale
+    return {name: result[name] for name in potential.latent}
+
+
+def normal_scales(potential: Potential) -> dict[str, float | str]:
+    """The scale of every latent site whose prior is a centred normal law with one constant scale.
+
+    :return: The scale by site; for any other site, in words, what its prior is instead.
+    """
+    result: dict[str, float | str] = {}
+    for name, prior in normal_priors(potential).items():
+        if isinstance(prior, str):
+            result[name] = prior
+        elif np.any(prior[0] != 0):
+            result[name] = "a Normal with a location other than 0"
+        elif np.any(prior[1] != prior[1].flat[0]):
             result[name] = "a Normal whose scale differs between its entries"
         else:
-            result[name] = float(scale.flat[0])
-    return {name: result[name] for name in potential.latent}
+            result[name] = float(prior[1].flat[0])
+    return result
 
 
 @_evaluated
@@ -191,3 +210,51 @@ def sites_without_scale(potential: Potential, names: tuple[str, ...]) -> frozens
     starts = [(*start, energy(*start)) for start in (_start(potential, n) for n in range(3))]
     candidates = [name for name in names if name in potential.network]
     return frozenset(name for name in candidates if all(without_scale(name, *start) for start in starts))
+
+
+def function_of(potential: Potential, inputs: tuple | None = None, rows: int = 64) -> Callable:
+    """The function of a model, as a vector, of a position in unconstrained space and mutable collections.
+
+    :param inputs: Arguments of the model at which it is evaluated; None for evenly spaced rows of those of the
+        potential, taken through the data plate, or all of them if the model can't be cut.
+    :param rows: How many rows, at most.
+    :return: A function of ``(z, mutable)``; its values ``(d,)`` hold all points and outputs.
+    :raises ValueError: if the model can't be evaluated at the inputs, or has no natural parameter that is known.
+    """
+    sizes = {name: plate.size for name, plate in potential.plates.items()}
+    plate = potential.data_plate(sizes)
+    some = (
+        {} if plate is None else {plate: jnp.linspace(0, sizes[plate] - 1, min(rows, sizes[plate])).astype(jnp.int32)}
+    )
+
+    def at(call, rows):
+        args, kwargs = call
+
+        def function(z, mutable):
+            values = potential.constrain(z, potential.args, potential.kwargs)
+            # one key: a network with dropout is the same function at every step
+            sites = potential.run(values, rows, random.key(0), mutable, args, kwargs)
+            parts = {name: natural_parameter(name, sites[name]) for name in potential.observed}
+            return jnp.concatenate([part.ravel() for part in parts.values()])
+
+        return function
+
+    own = potential.args, potential.kwargs
+    start = jax.eval_shape(potential.initial, random.key(0))
+    if inputs is not None:
+        function = at((tuple(inputs), {}), {})
+        try:
+            jax.eval_shape(function, *start)
+        except Exception as error:
+            shapes = ", ".join(str(np.shape(x)) for x in jax.tree.leaves(inputs))
+            raise ValueError(f"The model can't be called with inputs of shapes {shapes}: {error}") from error
+        return function
+    every = at(own, {})
+    whole = jax.eval_shape(every, *start).size
+    try:
+        cut = at(own, some)
+        if plate and jax.eval_shape(cut, *start).size * sizes[plate] == whole * len(some[plate]):
+            return cut
+    except (ValueError, TypeError):
+        pass
+    return every

@@ -11,3 +11,4 @@ from numpyro_bdl.kernels.sghmc import SGHMC as SGHMC
 from numpyro_bdl.kernels.sgld import SGLD as SGLD
 from numpyro_bdl.kernels.spike_slab import SpikeSlabSGHMC as SpikeSlabSGHMC
 from numpyro_bdl.kernels.symmetry_restricted import SymmetryRestricted as SymmetryRestricted
+from numpyro_bdl.kernels.wgf_ensemble import WGFEnsemble as WGFEnsemble

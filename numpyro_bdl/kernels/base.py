@@ -26,6 +26,9 @@ from numpyro_bdl.potential import Position, Potential
 from numpyro_bdl.preconditioners import Preconditioner
 from numpyro_bdl.schedules import Schedule, as_schedule
 
+CHAINS = "chains"
+"""Name of the axis of vectorized chains, for the collectives of an ensemble."""
+
 SGState = namedtuple(
     "SGState",
     [
@@ -83,10 +86,11 @@ class StochasticGradientKernel(MCMCKernel):
     The base finds the energy, chooses the rows, takes the gradient, schedules step and temperature, adapts the
     preconditioner, carries mutable collections and keeps watch over bad gradients. A kernel says what its state holds
     besides, in :meth:`_init_fields`, and how a gradient moves it, in :meth:`_update`. It may also say where the
-    gradient is taken (:meth:`_gradient_point`), add terms to the energy (:meth:`_own_gradient`, and for the prior
-    :meth:`_prior_gradient`), say what moves with the position (:meth:`_moved`), study the model (:meth:`_meet_model`),
-    refuse a run (:meth:`_begin_run`) or arguments that are traced (:meth:`_meet_traced`) and add groups to a DataTree
-    (:meth:`_tree_groups`).
+    gradient is taken (:meth:`_gradient_point`) and of what (:meth:`_gradient`), add terms to the energy
+    (:meth:`_own_gradient`, and for the prior :meth:`_prior_gradient`), say what moves with the position
+    (:meth:`_moved`), study the model (:meth:`_meet_model`), refuse a run (:meth:`_begin_run`) or arguments that are
+    traced (:meth:`_meet_traced`) and add groups and attributes to a DataTree (:meth:`_tree_groups`,
+    :meth:`_tree_attributes`).
     Kernels are final: none overrides what another defines.
 
     One draw is ``steps_per_draw`` gradient steps, compiled as one loop; ``num_warmup``, ``num_samples`` and
@@ -162,6 +166,10 @@ class StochasticGradientKernel(MCMCKernel):
         """Where the gradient of the step is taken."""
         return state.z
 
+    def _gradient(self, z: Position, rows: dict[str, Array], key: Array, mutable: dict, args: tuple, kwargs: dict):
+        """The energy, its gradient and the mutable collections after: see :meth:`Potential.gradient`."""
+        return self.potential.gradient(z, rows, key, mutable, args, kwargs)
+
     def _own_gradient(self, state, gradient: Position, i: Array, warmup_steps: Array) -> Position:
         """The gradient with that of the terms which the kernel adds to the energy."""
         return gradient
@@ -183,6 +191,10 @@ class StochasticGradientKernel(MCMCKernel):
     def _begin_run(self, num_warmup: int) -> None:
         """What the kernel has to check before a run of so many draws of warm-up."""
 
+    def _tree_attributes(self) -> dict[str, Any]:
+        """Attributes of a DataTree besides those of all kernels."""
+        return {}
+
     def _tree_groups(self, mcmc) -> dict[str, tuple[dict, dict, dict, list[str]]]:
         """Groups of a DataTree besides those of all kernels: values, dims, coords and sample dims by name."""
         return {}
@@ -201,7 +213,7 @@ class StochasticGradientKernel(MCMCKernel):
         batch_key = random.key(self._batch_seed) if self._share_batch else state.batch_key
         rows = self._rows(STREAMS[self._minibatch], batch_key, i)
         point = self._gradient_point(state, key_noise)
-        energy, gradient, mutable = self.potential.gradient(point, rows, key_model, state.mutable, args, kwargs)
+        energy, gradient, mutable = self._gradient(point, rows, key_model, state.mutable, args, kwargs)
         gradient = self._own_gradient(state, gradient, i, warmup_steps)
 
         adapted = state.preconditioner
@@ -216,7 +228,7 @@ class StochasticGradientKernel(MCMCKernel):
         def another_gradient(z):
             key_rows, key_again = random.split(key_another)
             more_rows = self._rows(independent, key_rows, jnp.int32(0))
-            return self.potential.gradient(z, more_rows, key_again, state.mutable, args, kwargs)[1]
+            return self._gradient(z, more_rows, key_again, state.mutable, args, kwargs)[1]
 
         size, temperature = self._step_size(i), self._temperature_at(i)
         diagonal = self._preconditioner.diagonal(adapted, state.z)
@@ -314,7 +326,7 @@ class StochasticGradientKernel(MCMCKernel):
         step = partial(self._step, args=model_args, kwargs=model_kwargs)
         mark = self._mark
         if batched:
-            step, mark = jax.vmap(step, in_axes=(0, None, None)), jax.vmap(mark)
+            step, mark = jax.vmap(step, in_axes=(0, None, None), axis_name=CHAINS), jax.vmap(mark)
         return mark(lax.fori_loop(0, self._schedule.steps_to_draw(i), lambda k, s: step(s, i + k, warmup_steps), state))
 
     def postprocess_fn(self, model_args, model_kwargs):
