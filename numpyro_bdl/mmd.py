@@ -134,6 +134,13 @@ class Linear:
         if self.scale is not None:
             check_number("Linear", "scale", self.scale)
 
+    def __call__(self, a: Array, b: Array) -> Array:
+        return (1.0 if self.scale is None else self.scale) * a @ b
+
+    def gaussian_mean(self, a: Array, prior: "Gaussian", squared: Array) -> Array:
+        """The mean of k(a, b) under a law of b."""
+        return self(a, prior.mean)
+
 
 KERNELS = RBF, IMQ, Energy, Linear
 Kernel = RBF | IMQ | Energy | Linear | Callable[[Array, Array], Array]
@@ -153,11 +160,6 @@ class Draws(NamedTuple):
 
     points: Array
     """``(M, d)``"""
-
-    @property
-    def mean(self) -> Array:
-        """``(d,)``"""
-        return self.points.mean(0)
 
 
 Prior = Gaussian | Draws | None
@@ -208,16 +210,14 @@ class Discrepancy:
         :param ensemble: Features of all particles, ``(N, d)``.
         """
         kernel, prior = self.kernel, self.prior
-        if isinstance(kernel, Linear) and prior is not None:
-            scale = 1.0 if kernel.scale is None else kernel.scale
-            return scale * Draws(ensemble).mean @ features, scale * prior.mean @ features
+        squared = jnp.ones(())
         if isinstance(kernel, _Radial):
-            squared = _half_median(ensemble) if kernel.bandwidth == ROLLING else kernel.bandwidth**2
+            squared = _half_median(ensemble) if kernel.bandwidth == ROLLING else jnp.square(kernel.bandwidth)
             mean = lambda others: kernel.mean(features, others, squared)
-            if isinstance(kernel, RBF) and isinstance(prior, Gaussian):
-                return mean(ensemble), kernel.gaussian_mean(features, prior, squared)
         else:
             mean = lambda others: jax.vmap(kernel, (None, 0))(features, others).mean()
+        if isinstance(prior, Gaussian) and isinstance(kernel, (RBF, Linear)):
+            return mean(ensemble), kernel.gaussian_mean(features, prior, squared)
         return mean(ensemble), mean(prior.points) if isinstance(prior, Draws) else jnp.zeros(())
 
 
