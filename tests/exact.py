@@ -123,3 +123,49 @@ def covariance_z_scores(draws, mean, covariance):
     mean_z = (draws.mean(0) - mean) / np.sqrt(variance / n)
     standard_error = np.sqrt((np.outer(variance, variance) + covariance**2) / n)
     return mean_z, (np.cov(draws.T).reshape(covariance.shape) - covariance) / standard_error
+
+
+def linear_ensemble(a, b, kl, mmd, mean, scale, particles, step):
+    """An ensemble on the energy a (t - b)^2 / 2 with the prior N(mean, scale^2) and the linear kernel: the mean, the
+    variance of the ensemble mean and that within the ensemble, at the finite step."""
+    curvature = a + kl / scale**2
+    centre = (a * b + (mmd + kl / scale**2) * mean) / (curvature + mmd)
+    of_mean = 2 * kl / particles / ((curvature + mmd) * (2 - step * (curvature + mmd)))
+    within = (particles - 1) / particles * 2 * kl / (curvature * (2 - step * curvature))
+    return centre, of_mean, within
+
+
+def rbf_mean_under_normal(t, h, scale=1.0):
+    """The mean of exp(-(t - t')^2 / (2 h^2)) over t' from N(0, scale^2)."""
+    return np.sqrt(h**2 / (h**2 + scale**2)) * np.exp(-(t**2) / (2 * (h**2 + scale**2)))
+
+
+def wasserstein_fixed_point(grid, energy, kl, mmd, h):
+    """Density on a grid that minimizes E[energy] + mmd / 2 MMD^2(Q, N(0, 1)) + kl KL(Q, N(0, 1)) with the RBF kernel:
+    entropic mirror descent on log q, with a rate at which it converges for any mmd."""
+    width = grid[1] - grid[0]
+    kernel = np.exp(-((grid[:, None] - grid) ** 2) / (2 * h**2))
+    fixed = -(energy - mmd * rbf_mean_under_normal(grid, h)) / kl - grid**2 / 2
+    rate, log_q = kl / (kl + mmd), fixed.copy()
+    for _ in range(5000):
+        q = np.exp(log_q - log_q.max())
+        q /= q.sum() * width
+        new = (1 - rate) * np.log(q) + rate * (fixed - mmd / kl * kernel @ q * width)
+        if np.abs(new - new.max() - (log_q - log_q.max())).max() < 1e-12:
+            break
+        log_q = new
+    return q
+
+
+def two_particles(grid, energy, kl, mmd, h):
+    """Mean, variance and correlation of two particles under exp(-U / kl) on a grid, the prior N(0, 1), the RBF
+    kernel; and the marginal distribution function."""
+    alone = (energy - mmd * rbf_mean_under_normal(grid, h)) / kl + grid**2 / 2
+    kernel = np.exp(-((grid[:, None] - grid) ** 2) / (2 * h**2))
+    log_p = -(alone[:, None] + alone + mmd / (2 * kl) * kernel)  # mmd / (2 N) over both ordered pairs
+    p = np.exp(log_p - log_p.max())
+    p /= p.sum()
+    marginal = p.sum(1)
+    mean = marginal @ grid
+    variance = marginal @ (grid - mean) ** 2
+    return mean, variance, (grid - mean) @ p @ (grid - mean) / variance, np.cumsum(marginal)

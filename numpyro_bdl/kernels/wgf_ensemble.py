@@ -29,6 +29,7 @@ import numpy as np
 import numpyro.distributions as dist
 import optax
 from jax import Array, lax, random
+from jax.core import Tracer
 from jax.custom_batching import custom_vmap
 from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -360,7 +361,8 @@ class WGFEnsemble(StochasticGradientKernel):
                 stacklevel=2,
             )
         if self._mmd:
-            self._repulsion = self._make_repulsion(potential)
+            with jax.ensure_compile_time_eval():
+                self._repulsion = self._make_repulsion(potential)
             ratio = lambda z, m: self._ratio(z, m, repulsion_and_attraction(z, m, self._repulsion)[0])
             self._first_ratio = jax.jit(jax.vmap(ratio, axis_name=CHAINS))
 
@@ -403,6 +405,8 @@ class WGFEnsemble(StochasticGradientKernel):
 
 def warn_if_inert(ratio: Array) -> None:
     """Warn of a repulsion that does next to nothing."""
+    if isinstance(ratio, Tracer):
+        return
     median = float(np.nanmedian(np.asarray(ratio)))
     if median < INERT:
         warnings.warn(
