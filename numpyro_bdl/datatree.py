@@ -12,6 +12,7 @@ from numpyro.infer import MCMC
 from xarray import DataTree
 
 from numpyro_bdl.predictive import PosteriorPredictive, anchors, bad_chains, positions
+from numpyro_bdl.repulsion import warn_if_inert
 
 PROBES = 64
 
@@ -88,6 +89,8 @@ def to_datatree(
     potential = predictive.potential
     hidden = () if weights else potential.network
     stats = mcmc.get_extra_fields(group_by_chain=True)
+    if "repulsion_ratio" in stats:
+        warn_if_inert(stats["repulsion_ratio"])
 
     groups: dict[str, tuple] = {}
     groups["posterior"] = ({k: v for k, v in positions(mcmc).items() if k not in hidden}, {}, {})

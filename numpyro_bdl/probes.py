@@ -73,6 +73,11 @@ def normal_priors(
     return {name: result[name] for name in potential.latent}
 
 
+def flat_sites(potential: Potential) -> list[str]:
+    """Latent sites with an improper prior."""
+    return [name for name, prior in normal_priors(potential).items() if "ImproperUniform" in str(prior)]
+
+
 def normal_scales(potential: Potential) -> dict[str, float | str]:
     """The scale of every latent site whose prior is a centred normal law with one constant scale.
 

@@ -38,6 +38,12 @@ class Enrolled(NamedTuple):
     """whether its draws follow the posterior as the step goes to zero"""
     chain_methods: tuple = OTHER_METHODS
     """besides vectorized chains"""
+    ensemble: bool = False
+    """whether its chains are particles: vectorized, and at least two"""
+
+    @property
+    def fewest_chains(self):
+        return 2 if self.ensemble else 1
 
 
 def spike_slab(model, **kwargs):
@@ -51,6 +57,11 @@ def spike_slab(model, **kwargs):
 def symmetry_restricted(model, **kwargs):
     """Around SGHMC; among the networks it folds, among the targets without units it changes nothing."""
     return bdl.SymmetryRestricted(bdl.SGHMC(model, momentum=0.5, **kwargs))
+
+
+def ensemble(model, temperature=1.0, **kwargs):
+    """Particles with minibatches of their own."""
+    return bdl.WGFEnsemble(model, kl=temperature, **({"share_batch": False} | kwargs))
 
 
 # a temperature other than 1, which some tests set; targets without a network
@@ -67,6 +78,10 @@ KERNELS = {
     "SpikeSlabSGHMC": Enrolled(spike_slab),
     "AveragedSGLD": Enrolled(partial(bdl.AveragedSGLD, anchor_steps=10)),
     "SymmetryRestricted": Enrolled(symmetry_restricted),
+    "WGFEnsemble": Enrolled(ensemble, chain_methods=(), ensemble=True),
+    "WGFEnsemble, repulsive": Enrolled(
+        partial(ensemble, mmd=1.0), "state", samples=False, chain_methods=(), ensemble=True
+    ),
     "SGHMC, corrected": Enrolled(partial(bdl.SGHMC, momentum=0.5, noise_correction=True), "state"),
     "FlatBasinSGLD, momentum": Enrolled(partial(bdl.FlatBasinSGLD, eta=0.1, coupling="euler", momentum=0.5), "state"),
     "FlatBasinSGLD, gibbs": Enrolled(partial(bdl.FlatBasinSGLD, eta=0.1, coupling="gibbs"), "state"),
@@ -84,6 +99,7 @@ def each(applies):
 
 
 every_class = each(lambda kernel: kernel.differs == "class")
+every_class_of_chains = each(lambda kernel: kernel.differs == "class" and not kernel.ensemble)
 every_state = each(lambda kernel: kernel.differs != "update")
 every_sampler = each(lambda kernel: kernel.samples)
 
@@ -192,8 +208,8 @@ def test_all_chain_methods_draw_the_same(kernel):
 
 @every_class
 def test_legacy_keys_draw_the_same_as_typed_keys(kernel):
-    legacy = network_run(kernel, key=random.PRNGKey(0), num_chains=1).get_samples()
-    assert_equal_trees(shared_run(kernel, "linen", num_chains=1).get_samples(), legacy)
+    legacy = network_run(kernel, key=random.PRNGKey(0)).get_samples()
+    assert_equal_trees(shared_run(kernel, "linen", num_chains=2).get_samples(), legacy)
 
 
 @every_class
@@ -214,6 +230,7 @@ def test_networks_move_and_keep_their_mutable_collections(kernel, network):
 @every_state
 @pytest.mark.parametrize(("network", "num_chains"), [("linen", 1), ("linen with BatchNorm and dropout", 2)])
 def test_resume_equals_an_uninterrupted_run(kernel, network, num_chains):
+    num_chains = max(num_chains, kernel.fewest_chains)
     whole = network_run(kernel, network, num_chains=num_chains, num_samples=12)
     parts = shared_run(kernel, network, num_chains=num_chains)
     first = parts.get_samples(group_by_chain=True)
@@ -223,7 +240,9 @@ def test_resume_equals_an_uninterrupted_run(kernel, network, num_chains):
     rest = MCMC(made, num_warmup=2, num_samples=6, num_chains=num_chains, chain_method="vectorized", progress_bar=False)
     rest.post_warmup_state = state
     rest.run(state.rng_key, X, LABELS, batch_size=20)
-    assert_equal_trees(rest.last_state, whole.last_state)
+    # an ensemble draws nothing from the key that MCMC replaces
+    ends = (mcmc.last_state._replace(**({"rng_key": ()} if kernel.ensemble else {})) for mcmc in (rest, whole))
+    assert_equal_trees(*ends)
     joined = jax.tree.map(lambda a, b: np.concatenate([a, b], 1), first, rest.get_samples(group_by_chain=True))
     assert_equal_trees(joined, jax.tree.map(np.asarray, whole.get_samples(group_by_chain=True)))
 
@@ -273,7 +292,7 @@ def test_x64(kernel):
 @every_class
 def test_a_second_run_compiles_nothing(kernel, progress_bar, compilations, capsys):
     made = network_kernel(kernel)
-    for num_chains in (1, 2):
+    for num_chains in (kernel.fewest_chains, kernel.fewest_chains + 1):
         mcmc = MCMC(made, num_warmup=2, num_samples=4, num_chains=num_chains, chain_method="vectorized")
         assert mcmc.progress_bar
         mcmc.run(random.key(0), X, LABELS, batch_size=20)
@@ -284,7 +303,7 @@ def test_a_second_run_compiles_nothing(kernel, progress_bar, compilations, capsy
     assert "step size" in capsys.readouterr().err
 
 
-@every_class
+@every_class_of_chains
 def test_cyclical_schedule_preconditioner_and_temperature_together(kernel):
     schedule = bdl.cyclical(1e-4, steps_per_cycle=8, draws_per_cycle=2, exploration=0.5)
     made = kernel.make(NETWORKS["linen"], step_size=schedule, temperature=0.1, preconditioner=bdl.preconditioners.rms())
@@ -294,7 +313,7 @@ def test_cyclical_schedule_preconditioner_and_temperature_together(kernel):
     np.testing.assert_array_equal(mcmc.get_extra_fields()["temperature"], np.float32(0.1))
 
 
-@every_class
+@every_class_of_chains
 def test_shared_minibatches_are_the_same_under_every_chain_method(kernel):
     def draws(method):
         mcmc = run(network_kernel(kernel, share_batch=True), X, LABELS, batch_size=20, chain_method=method)
@@ -316,8 +335,8 @@ def test_shared_minibatches_are_those_of_their_seed():
 
 @every_state
 def test_extra_fields_thinning_and_left_out_sites(kernel):
-    mcmc = network_run(kernel, extra_fields=("i", "~z.net/Dense_1.kernel"), thinning=2, num_chains=1)
-    np.testing.assert_array_equal(mcmc.get_extra_fields()["i"], [12, 18, 24])
+    mcmc = network_run(kernel, extra_fields=("i", "~z.net/Dense_1.kernel"), thinning=2)
+    np.testing.assert_array_equal(mcmc.get_extra_fields(group_by_chain=True)["i"], [[12, 18, 24]] * 2)
     assert "net/Dense_1.kernel" not in mcmc.get_samples()
 
 
@@ -337,7 +356,7 @@ def test_init_params_are_the_start(kernel):
     np.testing.assert_array_equal(state.z["net/Dense_0.bias"], 7.0)
 
 
-@every_class
+@every_class_of_chains
 def test_a_block_of_numpyros_gibbs(kernel):
     """w | s by the kernel, s | w exactly: a normal mean and its precision."""
     from numpyro.infer.gibbs import CustomGibbs, Gibbs

@@ -20,32 +20,26 @@ Bayesian methods*, NeurIPS 2023, equation (131).
 
 import warnings
 from collections import namedtuple
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import numpyro.distributions as dist
 import optax
-from jax import Array, lax, random
-from jax.core import Tracer
-from jax.custom_batching import custom_vmap
-from jax.flatten_util import ravel_pytree
+from jax import Array, random
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from numpyro.util import is_prng_key
 
-from numpyro_bdl import mmd as discrepancies
 from numpyro_bdl._checks import check_choice, check_integer, check_number
+from numpyro_bdl._chunks import in_chunks
 from numpyro_bdl.kernels.base import CHAINS, SGState, StochasticGradientKernel
 from numpyro_bdl.kernels.sgld import sgld_step
-from numpyro_bdl.mmd import ROLLING, Discrepancy, Draws, Gaussian, Prior
+from numpyro_bdl.mmd import KERNELS, RBF, ROLLING, Kernel
 from numpyro_bdl.noise import normal
 from numpyro_bdl.potential import Position, Potential
-from numpyro_bdl.probes import function_of, normal_priors
-
-INERT = 0.01
-"""The share of the prior's drift below which a repulsion is warned of."""
+from numpyro_bdl.probes import flat_sites
+from numpyro_bdl.repulsion import make_repulsion, repulsion_and_attraction, warn_if_inert
 
 WGFState = namedtuple("WGFState", [*SGState._fields, "optimizer", "repulsion_ratio", "particle_key"])
 """The fields of :data:`SGState`, and
@@ -55,35 +49,6 @@ WGFState = namedtuple("WGFState", [*SGState._fields, "optimizer", "repulsion_rat
  - **particle_key** - keys of the particles, from which all noise is drawn. **rng_key**, of which there is one for the
    ensemble, MCMC replaces when a run is resumed; nothing is drawn from it.
 """
-
-
-class Repulsion(NamedTuple):
-    """How particles are compared."""
-
-    features: Callable[[Position, dict], dict[str, Array]]
-    """from a position and mutable collections to vectors, by block"""
-    discrepancies: dict[str, Discrepancy]
-    """by block"""
-
-
-def repulsion_and_attraction(z: Position, mutable: dict, repulsion: Repulsion) -> tuple[Position, Position]:
-    r""":math:`\frac1N \sum_j \nabla_1 k(\theta_n, \theta_j)` and :math:`\nabla \mu_P(\theta_n)`, inside of a vmap over
-    the particles with the axis name :data:`CHAINS`.
-
-    :param z: Position of a particle.
-    :param mutable: Its mutable collections.
-    :return: Trees like the position; the first is subtracted in a step, which drives particles apart.
-    """
-    features, pull = jax.vjp(lambda z: repulsion.features(z, mutable), z)
-    ensemble = lax.all_gather(features, CHAINS)
-
-    def terms(features):
-        pairs = [d(features[name], ensemble[name]) for name, d in repulsion.discrepancies.items()]
-        return sum(mean for mean, _ in pairs), sum(embedding for _, embedding in pairs)
-
-    (one, other), push = jax.vjp(terms, features)
-    unit, zero = jnp.ones_like(one), jnp.zeros_like(one)
-    return pull(*push((unit, zero.astype(other.dtype))))[0], pull(*push((zero, unit.astype(other.dtype))))[0]
 
 
 class WGFEnsemble(StochasticGradientKernel):
@@ -186,7 +151,7 @@ class WGFEnsemble(StochasticGradientKernel):
         kl: float = 1.0,
         mmd: float = 0.0,
         langevin: bool = True,
-        kernel: discrepancies.Kernel | None = None,
+        kernel: Kernel | None = None,
         repulsion: str | None = None,
         anchor_inputs: tuple | None = None,
         per_site: bool = False,
@@ -214,7 +179,7 @@ class WGFEnsemble(StochasticGradientKernel):
         self._optimizer = optimizer
         if optimizer is not None:
             self._check_optimizer(optimizer)
-        self._mmd_kernel = discrepancies.RBF() if kernel is None else kernel
+        self._mmd_kernel = RBF() if kernel is None else kernel
         self._where, self._anchor_inputs, self._per_site = repulsion, anchor_inputs, bool(per_site)
         self._check_repulsion()
         self._prior_draws, self._particle_chunk = prior_draws, particle_chunk
@@ -234,7 +199,7 @@ class WGFEnsemble(StochasticGradientKernel):
     def _check_repulsion(self) -> None:
         if self._where is not None:
             check_choice("WGFEnsemble", "repulsion", self._where, ("function", "weights"))
-        if not (callable(self._mmd_kernel) or isinstance(self._mmd_kernel, discrepancies.KERNELS)):
+        if not (callable(self._mmd_kernel) or isinstance(self._mmd_kernel, KERNELS)):
             raise TypeError(
                 "WGFEnsemble: kernel must be of numpyro_bdl.mmd, as mmd.RBF(), or a callable from two vectors to a"
                 f" number, got {self._mmd_kernel!r}."
@@ -265,7 +230,7 @@ class WGFEnsemble(StochasticGradientKernel):
     def _update(self, state, gradient, step):
         fields: dict[str, Any] = {}
         if self._mmd:
-            repulsion, attraction = repulsion_and_attraction(state.z, state.mutable, self._repulsion)
+            repulsion, attraction = repulsion_and_attraction(state.z, state.mutable, self._repulsion, CHAINS)
             gradient = jax.tree.map(lambda g, r, p: g + self._mmd * (r - p), gradient, repulsion, attraction)
             fields["repulsion_ratio"] = self._ratio(state.z, state.mutable, repulsion)
         if self._optimizer is not None:
@@ -351,86 +316,22 @@ class WGFEnsemble(StochasticGradientKernel):
     # ---- the model at hand --------------------------------------------------------------------------------------
 
     def _meet_model(self, potential: Potential):
-        if self._mmd or self._noisy:
-            self._priors = normal_priors(potential, (dist.Normal, dist.LogNormal))
-            self._flat = [name for name, prior in self._priors.items() if "ImproperUniform" in str(prior)]
-        if self._noisy and self._flat:
+        flat = flat_sites(potential) if self._noisy else []
+        if flat:
             warnings.warn(
-                f"WGFEnsemble: the prior of {', '.join(self._flat)} is flat. Where the likelihood does not hold them"
+                f"WGFEnsemble: the prior of {', '.join(flat)} is flat. Where the likelihood does not hold them"
                 " back the particles drift away, and there is no law that they follow: give a proper prior.",
                 stacklevel=2,
             )
         if self._mmd:
-            with jax.ensure_compile_time_eval():
-                self._repulsion = self._make_repulsion(potential)
-            ratio = lambda z, m: self._ratio(z, m, repulsion_and_attraction(z, m, self._repulsion)[0])
+            options = self._anchor_inputs, self._per_site, self._prior_draws
+            self._repulsion = make_repulsion(potential, self._mmd_kernel, self._where, *options)
+            ratio = lambda z, m: self._ratio(z, m, repulsion_and_attraction(z, m, self._repulsion, CHAINS)[0])
             self._first_ratio = jax.jit(jax.vmap(ratio, axis_name=CHAINS))
-
-    def _make_repulsion(self, potential: Potential) -> Repulsion:
-        where = self._where or ("function" if potential.network or self._anchor_inputs is not None else "weights")
-        if where == "function":
-            function = function_of(potential, self._anchor_inputs)
-            features = lambda z, mutable: {"function": function(z, mutable)}
-        else:
-            blocks = {name: (name,) for name in potential.latent} if self._per_site else {"weights": potential.latent}
-            features = lambda z, mutable: {
-                block: ravel_pytree([z[name] for name in names])[0] for block, names in blocks.items()
-            }
-            gaussian = not any(isinstance(prior, str) for prior in self._priors.values())
-            if gaussian and discrepancies.has_closed_form(self._mmd_kernel):
-                loc, scale = (
-                    features({name: jnp.asarray(prior[k], self._dtype) for name, prior in self._priors.items()}, {})
-                    for k in (0, 1)
-                )
-                return self._fitted(features, {block: Gaussian(loc[block], scale[block]) for block in blocks})
-        if self._flat:
-            shapes = jax.eval_shape(features, *jax.eval_shape(potential.initial, random.key(0)))
-            return self._fitted(features, dict.fromkeys(shapes))
-        _, mutable = potential.initial(random.key(0))
-        draw = lambda key: features(potential.prior_draw(key), mutable)
-        keys = random.split(random.key(0), self._prior_draws)
-        draws = jax.jit(lambda keys: lax.map(draw, keys, batch_size=20))(keys)
-        return self._fitted(features, {block: Draws(x) for block, x in draws.items()})
-
-    def _fitted(self, features: Callable, prior: Mapping[str, Prior]) -> Repulsion:
-        return Repulsion(features, {block: Discrepancy(self._mmd_kernel, p) for block, p in prior.items()})
 
     def _tree_attributes(self):
         return {"kl": self._kl, "mmd": self._mmd, "langevin": int(self._noisy)}
 
     def __getstate__(self):
         state = super().__getstate__()
-        return {k: v for k, v in state.items() if k not in ("_priors", "_flat", "_repulsion", "_first_ratio")}
-
-
-def warn_if_inert(ratio: Array) -> None:
-    """Warn of a repulsion that does next to nothing."""
-    if isinstance(ratio, Tracer):
-        return
-    median = float(np.nanmedian(np.asarray(ratio)))
-    if median < INERT:
-        warnings.warn(
-            f"WGFEnsemble: the repulsion is {median:.1e} of the drift of the prior, next to nothing. In many dimensions"
-            " a kernel on weights acts only at their scale: take a larger mmd, the kernel's own bandwidth and scale, or"
-            ' repulsion="function".',
-            stacklevel=3,
-        )
-
-
-def in_chunks(function: Callable, size: int) -> Callable:
-    """A function that, when it is vectorized, works on so many of the batch at a time."""
-    chunked = custom_vmap(function)
-
-    @chunked.def_vmap
-    def _rule(axis_size, batched, *args):
-        leaves, treedef = jax.tree.flatten(args)
-        along = jax.tree.leaves(batched)
-
-        def one(some):
-            some = iter(some)
-            return function(*treedef.unflatten([next(some) if b else x for x, b in zip(leaves, along, strict=True)]))
-
-        out = lax.map(one, [x for x, b in zip(leaves, along, strict=True) if b], batch_size=size)
-        return out, jax.tree.map(lambda _: True, out)
-
-    return chunked
+        return {k: v for k, v in state.items() if k not in ("_repulsion", "_first_ratio")}
