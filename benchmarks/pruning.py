@@ -4,7 +4,7 @@
 """Sparse networks of SpikeSlabSGHMC beside magnitude pruning at the same number of gradients.
 
     python benchmarks/pruning.py                          # digits and mnist-mlp: about half an hour on two cores
-    python benchmarks/pruning.py --data mnist-conv        # one of digits, mnist-mlp, mnist-conv; slow
+    python benchmarks/pruning.py --data mnist-conv        # convolutional: an hour or so
     python benchmarks/pruning.py --data digits --sparsity 0.98    # other rows of the file stay as they are
     python benchmarks/pruning.py --data digits --tune     # the trials from which SETTINGS was chosen
     python benchmarks/pruning.py --cost                   # what a step costs beside one of SGHMC
