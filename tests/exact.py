@@ -158,8 +158,8 @@ def wasserstein_fixed_point(grid, energy, kl, mmd, h):
 
 
 def two_particles(grid, energy, kl, mmd, h):
-    """Mean, variance and correlation of two particles under exp(-U / kl) on a grid, the prior N(0, 1), the RBF
-    kernel; and the marginal distribution function."""
+    """The joint law of two particles, exp(-U / kl), on a grid, for the prior N(0, 1) and the RBF kernel; mean, variance
+    and correlation."""
     alone = (energy - mmd * rbf_mean_under_normal(grid, h)) / kl + grid**2 / 2
     kernel = np.exp(-((grid[:, None] - grid) ** 2) / (2 * h**2))
     log_p = -(alone[:, None] + alone + mmd / (2 * kl) * kernel)  # mmd / (2 N) over both ordered pairs
@@ -168,4 +168,4 @@ def two_particles(grid, energy, kl, mmd, h):
     marginal = p.sum(1)
     mean = marginal @ grid
     variance = marginal @ (grid - mean) ** 2
-    return mean, variance, (grid - mean) @ p @ (grid - mean) / variance, np.cumsum(marginal)
+    return p, (mean, variance, (grid - mean) @ p @ (grid - mean) / variance)
