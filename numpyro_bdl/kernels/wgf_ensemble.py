@@ -90,7 +90,8 @@ class WGFEnsemble(StochasticGradientKernel):
     that it repels.
 
     :param kl: :math:`\lambda_2 \ge 0`.
-    :param mmd: :math:`\lambda_1 \ge 0`; 0 has no repulsion, and no communication between particles. The kernel is
+    :param mmd: :math:`\lambda_1 \ge 0`; 0 has no repulsion, no communication between particles, and no use for the
+        arguments that concern it. The kernel is
         multiplied by the number of features it compares (:mod:`numpyro_bdl.mmd`), so that about ``kl`` is a force
         comparable to the prior's.
     :param langevin: Add the noise. Without it a weight of ``kl`` remains as weight decay.
@@ -247,8 +248,8 @@ class WGFEnsemble(StochasticGradientKernel):
         rows = {name: jnp.arange(plate.subsample_size) for name, plate in potential.subsampled.items()}
         # the network is not evaluated: of the energies only the prior is used
         prior = lambda z: potential.energies(z, rows, random.key(0), mutable, potential.args, potential.kwargs)[0].prior
-        drift = optax.tree.norm(jax.grad(prior)(z)) * (self._kl or 1.0)
-        return self._mmd * optax.tree.norm(repulsion) / drift
+        drift, force = optax.tree.norm(jax.grad(prior)(z)) * (self._kl or 1.0), self._mmd * optax.tree.norm(repulsion)
+        return jnp.where(force > 0, force / drift, 0)
 
     def _init_fields(self, rng_key, z, warmup_steps):
         optimizer = () if self._optimizer is None else self._optimizer.init(z)

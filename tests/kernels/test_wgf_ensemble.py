@@ -569,5 +569,7 @@ def test_warnings():
     with pytest.warns(UserWarning, match="is flat"):
         mcmc = run(bdl.WGFEnsemble(flat, step_size=0.1, mmd=1.0, kernel=mmd.RBF(1.0)))
     assert np.isfinite(mcmc.get_samples()["t"]).all()
+    with pytest.warns(UserWarning, match=r"repulsion is 0.0e\+00"):  # particles in one place
+        run(bdl.WGFEnsemble(wells, step_size=0.1, mmd=1.0), init_params={"t": jnp.zeros(4)}, num_samples=1)
     with pytest.warns(UserWarning, match="rolling bandwidth"):
         bdl.WGFEnsemble(wells, step_size=0.1, mmd=1.0, kernel=mmd.RBF("rolling"))
