@@ -47,7 +47,8 @@ def fold_draws(run: Any, groups: UnitGroups | None = None, domain: str = "bias")
 
     :param groups: From :func:`~numpyro_bdl.symmetry.find_model_groups`. None finds those of the model of a run.
     :param domain: Which representative: see :func:`~numpyro_bdl.symmetry.canonicalize`.
-    :return: As above, in NumPy arrays of the same precision. Draws that are not finite are passed through, and counted in a warning.
+    :return: As above, in NumPy arrays of the same precision. Draws that are not finite are passed through, and counted
+        in a warning.
     :raises ValueError: for draws without a model and without groups, missing parameters or other shapes, a tree without
         posterior; for a prior that a group does not leave as it is.
     :raises TypeError: if ``run`` is none of these.
