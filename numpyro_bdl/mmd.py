@@ -221,9 +221,19 @@ class Discrepancy:
         return mean(ensemble), mean(prior.points) if isinstance(prior, Draws) else jnp.zeros(())
 
 
+FEW = 32
+"""Features that are subtracted one by one."""
+
+
 def squared_distances(a: Array, others: Array) -> Array:
-    """Squared distances of a vector ``(d,)`` from others ``(M, d)``: under vmap one matrix product."""
-    # about the middle of the others: far from it the square of a small distance would be lost in rounding
+    """Squared distances of a vector ``(d,)`` from others ``(M, d)``.
+
+    Of more than a few features it is one matrix product under vmap, in which distances below about a thousandth of the
+    spread of the others are lost in rounding.
+    """
+    if len(a) <= FEW:
+        return jnp.sum((a - others) ** 2, 1)
+    # about the middle of the others, since rounding is relative to the squares
     centre = lax.stop_gradient(others.mean(0))
     a, others = a - centre, others - centre
     return jnp.maximum(a @ a + jnp.sum(others**2, 1) - 2 * others @ a, 0)

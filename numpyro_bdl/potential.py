@@ -167,6 +167,8 @@ class Potential:
         self._log_det = tuple(f"_{name}_log_det" for name in latent)
 
         supports = {k: site["fn"].support for k, site in latent.items()}
+        self.bounded = tuple(k for k, s in supports.items() if not _is_real(s))
+        """Latent sites whose support is not all real numbers."""
         static = {k: s for k, s in supports.items() if not _has_tracers(s)}
         self._transforms: dict[str, Transform] = {k: biject_to(s) for k, s in static.items()}
         self._deterministic = tuple(

@@ -108,7 +108,8 @@ def warn_if_inert(ratio: Array) -> None:
     """Warn of a repulsion that does next to nothing."""
     if isinstance(ratio, Tracer):
         return
-    median = float(np.nanmedian(np.asarray(ratio)))
+    ratio = np.asarray(ratio)[np.isfinite(ratio)]  # it is infinite under a flat prior
+    median = float(np.median(ratio)) if ratio.size else np.inf
     if median < INERT:
         warnings.warn(
             f"WGFEnsemble: the repulsion is {median:.1e} of the drift of the prior, next to nothing. In many dimensions"

@@ -98,10 +98,17 @@ def test_bandwidth_of_draws_is_half_their_median_squared_distance():
     assert median_bandwidth(Draws(jnp.asarray(DRAWS))) == pytest.approx(expected, rel=1e-5)
 
 
-def test_distances_of_near_points_far_from_the_origin():
-    points = 1000 + 1e-2 * RNG.normal(size=(5, 4)).astype("f4")
+@pytest.mark.parametrize("size", [4, 64])
+def test_distances_of_near_points_far_from_the_origin(size):
+    points = 1000 + 1e-2 * RNG.normal(size=(5, size)).astype("f4")
     got = jax.vmap(squared_distances, (0, None))(jnp.asarray(points), jnp.asarray(points))
     np.testing.assert_allclose(got, cdist(points, points) ** 2, rtol=1e-3, atol=1e-8)
+
+
+def test_distances_of_near_points_in_a_wide_ensemble():
+    points = np.array([[-3000.0], [-2999.5], [10.0], [2500.0]], "f4")
+    got = jax.vmap(squared_distances, (0, None))(jnp.asarray(points), jnp.asarray(points))
+    np.testing.assert_allclose(got, cdist(points, points) ** 2, rtol=1e-5)
 
 
 @pytest.mark.parametrize("kernel", [RBF(H), IMQ(H), Energy(H)])

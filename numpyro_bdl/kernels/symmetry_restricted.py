@@ -36,7 +36,7 @@ from numpyro_bdl.kernels.base import StochasticGradientKernel, same
 from numpyro_bdl.potential import Potential
 from numpyro_bdl.symmetry.action import DOMAINS, Element, apply, canonical_element, random_element, telling_elements
 from numpyro_bdl.symmetry.find import failures_of, groups_of
-from numpyro_bdl.symmetry.groups import UnitGroups, leaves
+from numpyro_bdl.symmetry.groups import UnitGroups, has_members, leaves
 
 MODES = ("record", "state")
 
@@ -168,7 +168,7 @@ class SymmetryRestricted(MCMCKernel):
         """The state fields that an element changes."""
         fields = {name: apply(element, getattr(state, name)) for name in self._vectors(state)}
         fields |= {name: apply(element, getattr(state, name), signs=False) for name in self._magnitudes()}
-        if jax.tree.leaves(getattr(state, "mutable", ())):
+        if has_members(getattr(state, "mutable", ()), self.unit_groups):
             fields["mutable"] = apply(element, state.mutable)
         if isinstance(self.kernel, StochasticGradientKernel):
             fields |= self.kernel._moved(state, lambda tree: apply(element, tree, signs=False))
@@ -283,7 +283,8 @@ class SymmetryRestricted(MCMCKernel):
         if not self.unit_groups.groups:
             warnings.warn(
                 "SymmetryRestricted: no group of units was found, and nothing is folded. Left out are"
-                f" {'; '.join(self.unit_groups.left_out) or 'none'}.",
+                f" {'; '.join(self.unit_groups.left_out) or 'none'}. Of a network with dropout, give the groups that it"
+                " has without: groups=symmetry.find_model_groups(model, ..., train=False).",
                 stacklevel=4,
             )
         self._met = args, kwargs
@@ -310,6 +311,13 @@ class SymmetryRestricted(MCMCKernel):
                 )
         if self._user_groups is not None and potential is not None:
             failed = failures_of(self.unit_groups, potential)
+            if failed is None:
+                warnings.warn(
+                    "SymmetryRestricted: the groups could not be checked, since the model differs from run to run, as"
+                    " with dropout. Take them from the model without it: groups=symmetry.find_model_groups(model, ...,"
+                    " train=False).",
+                    stacklevel=5,
+                )
             if failed:
                 raise ValueError(f"SymmetryRestricted: no symmetry of the model: {'; '.join(failed.values())}.")
 

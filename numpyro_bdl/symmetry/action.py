@@ -22,6 +22,7 @@ from jax import Array, lax, random
 
 from numpyro_bdl._checks import check_choice
 from numpyro_bdl.symmetry.groups import Member, Path, UnitGroup, UnitGroups, put_members, take_members
+from numpyro_bdl.symmetry.signs import echelon
 
 DOMAINS = ("bias", "incoming", "outgoing")
 COLUMNS = 4
@@ -173,11 +174,13 @@ class Keys(NamedTuple):
     group: UnitGroup
     members: tuple[int, ...]
     """numbers of the members that are looked at, the first ones first"""
-    signed: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
-    """sign symmetries that can be chosen, each by a member that no other flips: the kinds that make it up, and the
-    members looked at that it flips, that one first"""
     largest: bool = False
-    """look at the largest absolute value of a unit, which no other group changes"""
+    """look at the largest absolute value of a unit, which no other group changes, nor a sign"""
+
+    @property
+    def flips(self) -> np.ndarray:
+        """Which kinds of signs flip which of the members looked at, (k, members)."""
+        return np.array(self.group.flips, bool).reshape(-1, len(self.group.members))[:, list(self.members)]
 
 
 @lru_cache
@@ -211,33 +214,17 @@ def order_of(groups: UnitGroups, domain: str) -> tuple[tuple[Keys, ...], tuple[s
     while rest:
         group = next((g for g in rest if kernels(g)), None) or next((g for g in rest if biases(g)), None)
         if group is None:  # units of several groups lie along the same axes
-            plan += [Keys(g, (0,), (), largest=True) for g in rest]
+            plan += [Keys(g, (0,), largest=True) for g in rest]
             left_out += [f"{g.name}: signs of units that lie along those of another group" for g in rest if g.flips]
             break
         rest.remove(group)
         looked_at = (*biases(group), *kernels(group)) if domain == "bias" else (*kernels(group), *biases(group))
-        signed, unseen = _by_pivots(group, looked_at)
-        left_out += [f"{group.name}: signs that the domain '{domain}' does not see"] * unseen
-        plan.append(Keys(group, looked_at, signed))
+        keys = Keys(group, looked_at)
+        seen = echelon([sum(1 << n for n, flipped in enumerate(kind) if flipped) for kind in keys.flips])
+        left_out += [f"{group.name}: signs that the domain '{domain}' does not see"] * (len(seen) < len(group.flips))
+        plan.append(keys)
         done.add(group.name)
     return tuple(plan), tuple(left_out)
-
-
-def _by_pivots(group: UnitGroup, looked_at: tuple[int, ...]) -> tuple[tuple, bool]:
-    """Combinations of the kinds of signs, each with a member of its own; and whether some flip nothing looked at."""
-    flips = {frozenset({k}): set(np.flatnonzero(kind)) for k, kind in enumerate(group.flips)}
-    chosen: list[frozenset] = []
-    for pivot in looked_at:
-        own = next((c for c in flips if c not in chosen and pivot in flips[c]), None)
-        if own is not None:
-            # the product of two sign symmetries flips what one of them flips
-            flips = {
-                (c ^ own if c != own and pivot in f else c): (f ^ flips[own] if c != own and pivot in f else f)
-                for c, f in flips.items()
-            }
-            chosen = [c if c in flips else c ^ own for c in chosen] + [own]
-    signed = tuple((tuple(sorted(c)), tuple(n for n in looked_at if n in flips[c])) for c in chosen)
-    return signed, len(chosen) < len(flips)
 
 
 def canonical_element(params: Any, groups: UnitGroups, domain: str = "bias") -> Element:
@@ -301,22 +288,51 @@ def _canonical(members: Mapping[Path, Array], groups: UnitGroups, plan: tuple[Ke
     orders = {g.name: jnp.arange(g.size) for g in groups}
     signs = {g.name: jnp.ones((len(g.flips), g.size), jnp.int8) for g in groups}
     finite = jnp.stack([jnp.isfinite(x).all() for x in members.values()]).all() if members else jnp.bool_(True)
-    for group, looked_at, signed, largest in plan:
-        if largest:
-            columns = {n: jnp.max(jnp.abs(_units_first(members, group, n)), 1, keepdims=True) for n in looked_at}
+    for keys in plan:
+        group = keys.group
+        if keys.largest:
+            columns = [jnp.max(jnp.abs(_units_first(members, group, n)), 1, keepdims=True) for n in keys.members]
         else:
-            columns = {n: _columns(members, group, n, groups, orders, signs) for n in looked_at}
-        for kinds, flipped in signed:
-            first = _first_nonzero(jnp.concatenate([columns[n] for n in flipped], -1))
-            sign = jnp.where(first < 0, -1, 1).astype(jnp.int8)
-            for k in kinds:
-                signs[group.name] = signs[group.name].at[k].multiply(sign)
-            for n in flipped:
-                columns[n] = jnp.where((sign < 0)[:, None], -columns[n], columns[n])
-        keys = jnp.concatenate([columns[n] for n in looked_at], -1)
-        orders[group.name] = _increasing(keys)
+            columns = [_columns(members, group, n, groups, orders, signs) for n in keys.members]
+        if group.flips and not keys.largest:
+            signs[group.name] = _positive(jnp.stack([_first_nonzero(x) for x in columns], 1), keys.flips)
+            of_members = [_signs_of(group, n, signs[group.name]) for n in keys.members]
+            columns = [
+                x if sign is None else jnp.where((sign < 0)[:, None], -x, x)
+                for x, sign in zip(columns, of_members, strict=True)
+            ]
+        orders[group.name] = _increasing(jnp.concatenate(columns, -1))
     orders = {name: jnp.where(finite, order, jnp.arange(len(order))) for name, order in orders.items()}
     return orders, {name: jnp.where(finite, sign, 1).astype(jnp.int8) for name, sign in signs.items()}
+
+
+def _positive(first: Array, flips: np.ndarray) -> Array:
+    """The signs (k, M) that make as many entries of each unit positive as can be, earlier ones before later ones.
+
+    By elimination over GF(2) among the entries of a unit that are not 0: of the kinds that are free and flip an entry,
+    one is used for it, and put into the others, so that no later choice flips it back. Which ones are used does not
+    depend on the signs that are met, so that doing it twice changes nothing.
+
+    :param first: Entries (M, members).
+    :param flips: Which kinds flip them, (k, members).
+    """
+    (units, members), kinds = first.shape, len(flips)
+    # in bits, of each kind the entries it flips and of which kinds it is made up: words (k, words, M)
+    rows = np.packbits(np.concatenate([flips, np.eye(kinds, dtype=bool)], 1), 1, bitorder="little")
+    rows = jnp.broadcast_to(rows[:, :, None], (*rows.shape, units))
+    # of each unit the entries that are negative by now, and the kinds chosen: words (words, M)
+    state = jnp.packbits(jnp.pad(first < 0, ((0, 0), (0, kinds))), 1, bitorder="little").T
+    has = lambda words, n: (words[..., n // 8, :] >> n % 8 & 1) == 1
+    free = jnp.ones((kinds, units), bool)
+    for n in range(members):
+        able = free & has(rows, n) & (first[:, n] != 0)
+        pivot = able & (jnp.cumsum(able, 0) == 1)
+        row = jnp.sum(jnp.where(pivot[:, None], rows, 0), 0, dtype=rows.dtype)
+        state ^= jnp.where(has(state, n), row, 0)
+        rows ^= jnp.where((able & ~pivot)[:, None], row, 0)
+        free &= ~pivot
+    chosen = [has(state, members + k) for k in range(kinds)]
+    return jnp.where(jnp.stack(chosen), -1, 1).astype(jnp.int8)
 
 
 def _columns(members, group: UnitGroup, n: int, groups: UnitGroups, orders: dict, signs: dict) -> Array:
@@ -356,4 +372,4 @@ def _increasing(keys: Array) -> Array:
 
 def _first_nonzero(x: Array) -> Array:
     """The first entry of each row that is not 0; 0 if there is none."""
-    return reduce(lambda later, column: jnp.where(column != 0, column, later), x.T[::-1])
+    return reduce(lambda later, column: jnp.where(column != 0, column, later), x.T[::-1], jnp.zeros(len(x), x.dtype))

@@ -18,7 +18,6 @@ from xarray import DataTree
 from numpyro_bdl._checks import check_choice
 from numpyro_bdl.predictive import positions, potential_of
 from numpyro_bdl.symmetry.action import DOMAINS, canonicalize
-from numpyro_bdl.symmetry.find import groups_of
 from numpyro_bdl.symmetry.groups import UnitGroups, leaves, put_members, take_members
 
 _CHUNK = 2**22
@@ -29,7 +28,8 @@ def fold_draws(run: Any, groups: UnitGroups | None = None, domain: str = "bias")
 
     The law of what is returned is that of :class:`~numpyro_bdl.SymmetryRestricted` in the mode ``"record"``, if the
     prior is the same for equivalent networks. That is checked where the model is at hand, of a run; of other draws the
-    caller must know it. Functions of the network stay as they are in any case.
+    caller must know it. Functions of the network stay as they are in any case. By a site that is only bounded above,
+    whose transform decreases, the kernel orders units the other way round.
 
     Sites that belong to no group are passed on, deterministic ones too: one that is computed from the weights of a
     layer keeps the units of the draw. For what goes with a draw besides, such as an anchor or a mask:
@@ -40,13 +40,15 @@ def fold_draws(run: Any, groups: UnitGroups | None = None, domain: str = "bias")
         - an MCMC object: returns its samples, (chain, draw, ...) by site, with the mutable collections (BatchNorm) that
           were collected, folded alike, under the names of their own sites;
         - a DataTree with the group ``posterior``, as of :func:`~numpyro_bdl.to_datatree`: returns a new tree with the
-          group ``posterior_folded`` beside it, whose attributes name the domain;
+          group ``posterior_folded`` beside it, whose attributes name the domain. It holds no mutable collections: for a
+          network with these give the MCMC object;
         - a dict of sites or a parameter tree, with any leading batch axes: returns such a one. For a network with
           mutable collections these must be in it.
 
     :param groups: From :func:`~numpyro_bdl.symmetry.find_model_groups`. None finds those of the model of a run.
     :param domain: Which representative: see :func:`~numpyro_bdl.symmetry.canonicalize`.
-    :return: As above, in NumPy arrays. Draws that are not finite are passed through, and counted in a warning.
+    :return: As above, in NumPy arrays of the same precision. Draws that are not finite are passed through, and counted
+        in a warning.
     :raises ValueError: for draws without a model and without groups, missing parameters or other shapes, a tree without
         posterior; for a prior that a group does not leave as it is.
     :raises TypeError: if ``run`` is none of these.
@@ -94,13 +96,15 @@ def _fold(tree: Any, groups: UnitGroups, domain: str) -> Any:
     nothing = dict.fromkeys(leaves(tree).keys() - members.keys())
     flat = {path: np.asarray(x).reshape(count, *np.shape(x)[len(batch) :]) for path, x in members.items()}
     chunk = min(count, max(1, _CHUNK // sum(x[0].size for x in flat.values())))
-    folded = {path: np.empty(x.shape, jnp.asarray(x[:0]).dtype) for path, x in flat.items()}
+    folded = {path: np.empty_like(x) for path, x in flat.items()}
+    double = any(x.dtype == np.float64 for x in flat.values())
     bad = 0
     for start in range(0, count, chunk):
         # the last chunk is filled up by draws that are done, so that one program serves all
         rows = slice(min(start, count - chunk), min(start, count - chunk) + chunk)
         some = put_members(tree, {path: x[rows] for path, x in flat.items()} | nothing)
-        some, finite = _fold_chunk(some, groups, domain)
+        with jax.enable_x64(double or jax.config.jax_enable_x64):
+            some, finite = _fold_chunk(some, groups, domain)
         for path, x in leaves(some).items():
             folded[path][rows] = x
         bad += int(np.sum(~np.asarray(finite)[start - rows.start :]))
@@ -125,20 +129,13 @@ def _fold_run(mcmc: MCMC, groups: UnitGroups | None, domain: str) -> dict[str, A
             " samples, mcmc.get_samples(group_by_chain=True), and groups=UnitGroups.of(...)."
         )
     potential = potential_of(mcmc)
-    groups = groups_of(potential) if groups is None else groups
-    if not groups.groups:
-        warnings.warn(
-            "fold_draws: no group of units was found, and nothing is folded. Left out are"
-            f" {'; '.join(groups.left_out) or 'none'}. Of a network with dropout, give the groups that it has without:"
-            " groups=symmetry.find_model_groups(model, ..., train=False).",
-            stacklevel=3,
-        )
     kernel, state = mcmc.sampler, mcmc.last_state
     if isinstance(kernel, SymmetryRestricted):
         kernel, state = kernel.kernel, state.state
-    SymmetryRestricted(kernel, groups, domain=domain)._meet(state, mcmc._args, mcmc._kwargs)
+    restricted = SymmetryRestricted(kernel, groups, domain=domain)
+    restricted._meet(state, mcmc._args, mcmc._kwargs)
     mutable = mcmc.get_extra_fields(group_by_chain=True).get("mutable") if potential.has_mutable else None
-    return _fold(positions(mcmc) | (mutable or {}), groups, domain)
+    return _fold(positions(mcmc) | (mutable or {}), restricted.unit_groups, domain)
 
 
 def _fold_tree(tree: DataTree, groups: UnitGroups, domain: str) -> DataTree:
@@ -148,9 +145,13 @@ def _fold_tree(tree: DataTree, groups: UnitGroups, domain: str) -> DataTree:
         )
     posterior = tree["posterior"].to_dataset()
     names = {path[0]: path[0].replace("/", ".") for path, _ in groups.shapes}
-    arrays = {
-        site: posterior[name].transpose("chain", "draw", ...) for site, name in names.items() if name in posterior
-    }
+    missing = ["/".join(path) for path, _ in groups.shapes if names[path[0]] not in posterior]
+    if missing:
+        raise ValueError(
+            f"fold_draws: the posterior of the tree has no '{missing[0]}', which belongs to a group. A tree does not"
+            " keep the mutable collections of a network (BatchNorm); fold the run itself: fold_draws(mcmc, groups)."
+        )
+    arrays = {site: posterior[name].transpose("chain", "draw", ...) for site, name in names.items()}
     folded = _fold({site: array.values for site, array in arrays.items()}, groups, domain)
     posterior = posterior.assign({names[site]: array.copy(data=folded[site]) for site, array in arrays.items()})
     posterior.attrs |= {"symmetry_domain": domain, "symmetry_groups": [group.name for group in groups]}

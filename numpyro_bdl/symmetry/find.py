@@ -4,7 +4,8 @@
 """Find the groups of interchangeable units of any function of parameters, and check each of them."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -14,8 +15,8 @@ from flax import linen, nnx
 from jax import Array, random
 
 from numpyro_bdl.potential import Potential
-from numpyro_bdl.symmetry.action import apply, identity, telling_elements
-from numpyro_bdl.symmetry.groups import Member, Path, UnitGroup, UnitGroups, leaves, put_members
+from numpyro_bdl.symmetry.action import Element, apply, identity, telling_elements
+from numpyro_bdl.symmetry.groups import Member, Path, UnitGroup, UnitGroups, has_members, leaves, put_members
 from numpyro_bdl.symmetry.labels import Label, resolve, size
 from numpyro_bdl.symmetry.signs import Signs, solutions
 from numpyro_bdl.symmetry.trace import INPUT, OUTPUT, SPACE, Trace, Value
@@ -28,13 +29,13 @@ def find_groups(function: Callable | linen.Module | nnx.Module, params: Any, *in
     """The groups of units that can be exchanged, and their signs flipped, without changing a function.
 
     They are read off the function's jaxpr, whatever it is made of (see :mod:`numpyro_bdl.symmetry.trace`), not off the
-    names of layers. Each group is then checked by a few elements at random parameters and inputs. What can't be
-    followed is left out, and said in ``left_out``.
+    names of layers. Each group is then checked by a few elements at random parameters and inputs (the given inputs, if
+    the function is finite only there). What can't be followed is left out, and said in ``left_out``.
 
     :param function: A function ``f(params, *inputs)``; or a linen module, called with ``apply``; or an nnx module.
     :param params: Its parameters: any tree, such as the variables of a linen module (or their ``"params"`` alone), or a
         dict of sites. None initializes a linen module, and takes the state of an nnx module.
-    :param inputs: Inputs, of which only shapes and dtypes count.
+    :param inputs: Inputs, of which shapes and dtypes count.
     :param kwargs: Keyword arguments of the call, fixed.
     :return: The groups; ``print`` them for a table.
     :raises TypeError: if ``function`` is neither callable nor a module, or is not given parameters.
@@ -63,15 +64,19 @@ def find_groups(function: Callable | linen.Module | nnx.Module, params: Any, *in
     if params is None:
         raise TypeError("find_groups: params=None is for Flax modules; give the parameters of the function.")
     rng = np.random.default_rng(0)
-    drawn = [rng.normal(size=x.shape).astype(x.dtype) if _is_float_array(x) else _concrete(x) for x in inputs]
-    return _check(_traced(function, params, inputs), function, params, drawn)
+    given = [_concrete(x) for x in inputs]
+    drawn = [rng.normal(size=x.shape).astype(x.dtype) if _is_float_array(x) else x for x in given]
+    stateless = lambda p, *x: (function(p, *x), {})
+    return _check(_traced(stateless, params, inputs), stateless, params, drawn, given)
 
 
 def find_model_groups(model: Callable, *args, **kwargs) -> UnitGroups:
     """The groups of a NumPyro model: of its log likelihood as a function of latent sites and mutable collections.
 
     Of the log likelihood rather than the location, so that a network behind the scale of the outcome is seen as well,
-    and of the sites in unconstrained space, where a parameter that must be positive has no sign to flip.
+    and of the sites in unconstrained space, where a parameter that must be positive has no sign to flip. A site that is
+    bounded otherwise has signs only if the transform to its support is odd, as that to (-1, 1) is: the groups act on
+    draws as they do in unconstrained space.
 
     :param model: A NumPyro model.
     :param args: Its arguments, as for a run.
@@ -85,25 +90,56 @@ def find_model_groups(model: Callable, *args, **kwargs) -> UnitGroups:
 def groups_of(potential: Potential) -> UnitGroups:
     """The groups of the model of a potential."""
     function, params, inputs = _log_likelihood(potential)
-    return _check(_traced(function, params, inputs), function, params, inputs)
+    groups = _traced(function, params, inputs)
+    if unsigned := _wrongly_flipped(groups, potential):
+        groups = _traced(function, params, inputs, unsigned)
+    return _check(groups, function, params, inputs)
 
 
-def failures_of(groups: UnitGroups, potential: Potential) -> dict[str, str]:
+def failures_of(groups: UnitGroups, potential: Potential) -> dict[str, str] | None:
     """Those of given groups that change the log likelihood of a model, each with a text.
 
-    A model with dropout can't be checked, as units that are exchanged keep their places among those dropped.
+    None for a model with dropout, which can't be checked, as units that are exchanged keep their places among those
+    dropped.
     """
+    if unsigned := _wrongly_flipped(groups, potential):
+        flipped = {g.name: sorted(unsigned & set(_flipped(g))) for g in groups}
+        why = "of which the transform to its support is not odd"
+        return {name: f"{name}: flips {', '.join(sites)}, {why}" for name, sites in flipped.items() if sites}
     function, params, inputs = _log_likelihood(potential)
     one, other = (jax.jit(f)(params, *inputs) for f in (function, _log_likelihood(potential, random.key(1))[0]))
     if _difference(jax.tree.leaves(one), jax.tree.leaves(other)) > TOLERANCE:
-        return {}
+        return None
     return _failures(groups, function, params, inputs)
 
 
+def _flipped(group: UnitGroup) -> list[str]:
+    """The sites of which some sign symmetry flips units."""
+    return [m.path[0] for n, m in enumerate(group.members) if any(kind[n] for kind in group.flips)]
+
+
+def _wrongly_flipped(groups: UnitGroups, potential: Potential) -> set[str]:
+    """The sites that groups flip although the transform to their support is not odd: a flip in unconstrained space is
+    none of the value, and would take draws out of the support."""
+    sites = set(potential.bounded) & {site for group in groups for site in _flipped(group)}
+    if not sites:
+        return sites
+    rng, start = np.random.default_rng(0), jax.eval_shape(potential.initial, random.key(0))[0]
+    z = {name: rng.normal(size=x.shape).astype(x.dtype) for name, x in start.items()}
+    values = jax.jit(lambda z: potential.constrain(z, potential.args, potential.kwargs))
+    odd = lambda site: _difference([-values(z)[site]], [values(z | {site: -z[site]})[site]]) <= TOLERANCE
+    return {site for site in sites if not odd(site)}
+
+
 def _log_likelihood(potential: Potential, key: Array | None = None) -> tuple[Callable, dict, tuple]:
-    """A function of latent sites and mutable collections, first values of these, and its inputs: the data."""
+    """A function of latent sites and mutable collections, first values of these, and its inputs: the data.
+
+    It returns what must be the same for equivalent networks, and the new values of collections, which move with the
+    units as the old ones do: an average over batches, or the statistics of the last one.
+    """
     key = random.key(0) if key is None else key
     z, mutable = potential.initial(random.key(0))
+    before = leaves(mutable)
     arguments, treedef = jax.tree.flatten((potential.args, potential.kwargs))
     # that two columns of the data happen to be equal is no symmetry of the model
     arrays = {n: jnp.asarray(x) for n, x in enumerate(arguments) if hasattr(x, "shape")}
@@ -112,7 +148,11 @@ def _log_likelihood(potential: Potential, key: Array | None = None) -> tuple[Cal
         call = treedef.unflatten([arrays.get(n, x) for n, x in enumerate(arguments)])
         values = potential.constrain({name: tree[name] for name in z}, *call)
         sites = potential.run(values, rows, key, {name: tree[name] for name in mutable}, *call)
-        return {name: sites[name]["fn"].log_prob(sites[name]["value"]) for name in potential.observed}
+        likelihood = {name: sites[name]["fn"].log_prob(sites[name]["value"]) for name in potential.observed}
+        new = {name: sites[name]["value"] for name in mutable}
+        others = {path: x for path, x in leaves(new).items() if not _is_next(x, before.get(path))}
+        same = likelihood, [x for path, x in others.items() if path in before]
+        return same, put_members(new, dict.fromkeys(others))
 
     rows = {name: jnp.arange(min(_ROWS, plate.size)) for name, plate in potential.plates.items()}
     try:
@@ -120,6 +160,11 @@ def _log_likelihood(potential: Potential, key: Array | None = None) -> tuple[Cal
     except (ValueError, TypeError):  # a model that does not take its rows through the plate is given all of them
         rows = {}
     return (lambda tree, arrays: log_likelihood(tree, arrays, rows)), z | mutable, (arrays,)
+
+
+def _is_next(new: Any, old: Any) -> bool:
+    """Whether an array can be the new value of an old one with units, which a counter or a random key has not."""
+    return old is not None and _is_parameter(old) and jnp.shape(new) == jnp.shape(old)
 
 
 # ---- modules --------------------------------------------------------------------------------------------------------
@@ -160,17 +205,22 @@ def _is_parameter(leaf: Any) -> bool:
     return jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
 
 
-def _traced(function: Callable, params: Any, inputs: tuple) -> UnitGroups:
+def _traced(function: Callable, params: Any, inputs: tuple, unsigned: Collection[str] = ()) -> UnitGroups:
+    """The groups of a function that returns outputs and new values of some of the parameters.
+
+    :param unsigned: Sites that have no signs.
+    """
     found = leaves(params)
     paths = [path for path, leaf in found.items() if _is_parameter(leaf)]
     others = {path: leaf for path, leaf in found.items() if not _is_parameter(leaf)}
 
     def call(arrays, others, inputs):
-        return function(put_members(params, dict(zip(paths, arrays, strict=True)) | others), *inputs)
+        outputs, new = function(put_members(params, dict(zip(paths, arrays, strict=True)) | others), *inputs)
+        return outputs, {paths.index(path): x for path, x in leaves(new).items()}
 
-    jaxpr = jax.make_jaxpr(call)([found[path] for path in paths], others, inputs)
+    jaxpr, (_, carried) = jax.make_jaxpr(call, return_shape=True)([found[path] for path in paths], others, inputs)
     trace = Trace()
-    values, outputs = trace.run(jaxpr, len(paths))
+    values, outputs = trace.run(jaxpr, len(paths), sorted(carried))
     signs = Signs(trace.notes)
     signs.finish(outputs)
 
@@ -185,13 +235,16 @@ def _traced(function: Callable, params: Any, inputs: tuple) -> UnitGroups:
                     places.setdefault(label, []).append((when, member, bit))
                 elif label.fixed not in (INPUT, OUTPUT, SPACE) and label.size > 1:
                     reasons.setdefault(label.fixed, []).append(str(member))
-    groups = [group for label, some in places.items() if (group := _group(label, some, signs))]
+    no_sign = lambda some: [bit for _, member, bit in some if member.path[0] in unsigned]
+    groups = [group for label, some in places.items() if (group := _group(label, some, signs, no_sign(some)))]
     groups.sort(key=lambda item: item[0])
     named = _named([group for _, group in groups])
     used = {member.path for group in named for member in group.members}
     shapes = tuple((path, np.shape(found[path])) for path in paths if path in used)
-    left_out = tuple(f"{', '.join(members)}: {reason}" for reason, members in reasons.items())
-    return UnitGroups(tuple(named), shapes, left_out)
+    left_out = [f"{', '.join(members)}: {reason}" for reason, members in reasons.items()]
+    if unsigned:
+        left_out.append(f"signs of {', '.join(sorted(unsigned))}: the transform to its support is not odd")
+    return UnitGroups(tuple(named), shapes, tuple(left_out))
 
 
 def _members(path: Path, value: Value, axis: int, signs: Signs):
@@ -204,12 +257,12 @@ def _members(path: Path, value: Value, axis: int, signs: Signs):
             yield Member(path, axis, sizes, position), label, signs.variable(value, axis, stride, label)
 
 
-def _group(label: Label, places: list, signs: Signs) -> tuple[tuple, UnitGroup] | None:
+def _group(label: Label, places: list, signs: Signs, zeros: list[int]) -> tuple[tuple, UnitGroup] | None:
     places = sorted(places, key=lambda place: place[0])
-    if places[0][0] == (1, math.inf):  # parameters that the function does not use
+    if places[0][0] == (1, math.inf) or not label.size:  # parameters that the function does not use, or no units
         return None
     members = tuple(member for _, member, _ in places)
-    flips = tuple(solutions(signs.equations.get(label, []), [bit for _, _, bit in places]))
+    flips = tuple(solutions(signs.equations.get(label, []) + zeros, [bit for _, _, bit in places]))
     if label.size == 1 and not flips:
         return None
     writers = sum(when[0] == 0 for when, _, _ in places)
@@ -239,24 +292,51 @@ def _named(groups: list[UnitGroup]) -> list[UnitGroup]:
 # ---- the check ------------------------------------------------------------------------------------------------------
 
 
-def _check(groups: UnitGroups, function: Callable, params: Any, inputs: Sequence) -> UnitGroups:
+def _check(groups: UnitGroups, function: Callable, params: Any, *inputs: Sequence) -> UnitGroups:
     """Leave out the groups of which an element changes the function."""
-    failed = _failures(groups, function, params, inputs)
+    failed = _failures(groups, function, params, *inputs)
     if not failed:
         return groups
     kept = groups.only(*(group.name for group in groups if group.name not in failed))
     return UnitGroups(kept.groups, kept.shapes, (*kept.left_out, *failed.values()))
 
 
-def _failures(groups: UnitGroups, function: Callable, params: Any, inputs: Sequence) -> dict[str, str]:
-    """The groups of which an element changes the function, at parameters near the given ones; each with a text."""
+def _failures(groups: UnitGroups, function: Callable, params: Any, *inputs: Sequence) -> dict[str, str]:
+    """The groups of which an element changes the function, at parameters near the given ones; each with a text.
+
+    A steep function makes much of rounding errors; what fails is looked at once more in double precision.
+
+    :param inputs: Inputs, and others for a function that is not finite there.
+    """
+    failed = _changing(groups, function, params, *inputs)
+    if not failed or jax.config.jax_enable_x64:
+        return failed
+    with jax.enable_x64(True):
+        doubled = jax.tree.map(lambda x: np.asarray(x, np.float64) if _is_float_array(x) else x, (params, *inputs))
+        try:
+            return _changing(groups, function, *doubled)
+        except (TypeError, ValueError):  # it has arrays of another precision within
+            return failed
+
+
+def _changing(groups: UnitGroups, function: Callable, params: Any, *inputs: Sequence) -> dict[str, str]:
     params, failed = _perturbed(np.random.default_rng(0), params), {}
-    call = jax.jit(
-        lambda element, p: [x for x in jax.tree.leaves(function(apply(element, p), *inputs)) if _is_number(x)]
-    )
+
+    def call(element, params, inputs):
+        outputs, new = function(apply(element, params), *inputs)
+        return [x for x in jax.tree.leaves(outputs) if _is_number(x)], new
+
     with jax.default_matmul_precision("float32"):
-        before = jax.device_get(call(identity(groups), params))
-        change = lambda element: _difference(before, jax.device_get(call(element, params)))
+        for some in inputs:
+            at = jax.jit(partial(call, inputs=some))
+            outputs, new = jax.device_get(at(identity(groups), params))
+            if all(np.isfinite(x).all() for x in outputs):
+                break
+
+        def change(element: Element) -> float:
+            moved = apply(element, new) if has_members(new, groups) else new
+            return _difference(*map(jax.tree.leaves, ((outputs, moved), jax.device_get(at(element, params)))))
+
         if not max(map(change, telling_elements(groups)), default=0.0) <= TOLERANCE:
             for group in groups:
                 difference = max(map(change, telling_elements(groups, group.name)))

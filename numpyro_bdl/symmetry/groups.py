@@ -109,8 +109,9 @@ class UnitGroups:
 
         :param params: A parameter tree, or a dict of sites, without batch axes.
         :param groups: By name of the group: the axes of its units.
-        :raises ValueError: for a parameter that is not there, an axis out of range, axes of different lengths, or a
-            flip of a parameter that the group does not have.
+        :raises ValueError: for a parameter that is not there, an axis out of range, axes of different lengths, an axis
+            that is named twice, or a flip of a parameter that the group does not have.
+        :raises TypeError: for groups that are no ``Units``, axes that are no integers, or flips that are no tuple.
 
         **Example**
 
@@ -127,12 +128,19 @@ class UnitGroups:
             equivalent copies: 10^3.6
         """
         shapes, made = {path: np.shape(leaf) for path, leaf in leaves(params).items()}, []
+        owners: dict[Member, str] = {}
         for name, units in groups.items():
+            _check_units(name, units)
             members = [_member(name, path, axis, shapes) for part in units[:2] for path, axis in part.items()]
             sizes = {m.factors[m.position] for m in members}
             if len(sizes) != 1:
                 found = ", ".join(f"{m} of length {m.factors[m.position]}" for m in members) or "no axis"
                 raise ValueError(f"Group '{name}': its axes must have one length, got {found}.")
+            for member in members:
+                if member in owners:
+                    both = f"{name!r} twice" if owners[member] == name else f"{owners[member]!r} and {name!r}"
+                    raise ValueError(f"{member} is named by {both}: an axis can have the units of one group, once.")
+                owners[member] = name
             flips = {_path(path) for path in units.flips}
             if unknown := flips - {m.path for m in members}:
                 raise ValueError(f"Group '{name}': flips names {_listed(unknown)}, which it does not have.")
@@ -157,8 +165,17 @@ def _path(name: str | Path) -> Path:
     return name if isinstance(name, tuple) else (name,)
 
 
+def _check_units(name: str, units: Any) -> None:
+    if not isinstance(units, Units):
+        raise TypeError(f"Group '{name}' must be Units(writes={{...}}, reads={{...}}), got {type(units).__name__}.")
+    if isinstance(units.flips, str):
+        raise TypeError(f"Group '{name}': flips must be a tuple of parameters, got the text {units.flips!r}.")
+
+
 def _member(group: str, path: str | Path, axis: int, shapes: dict[Path, tuple[int, ...]]) -> Member:
     path = _path(path)
+    if not isinstance(axis, (int, np.integer)):
+        raise TypeError(f"Group '{group}': the axis of {'/'.join(path)!r} must be an integer, got {axis!r}.")
     if path not in shapes:
         raise ValueError(
             f"Group '{group}' names the parameter {'/'.join(path)!r}, which is not there; there are:"
@@ -234,6 +251,11 @@ def take_members(tree: Any, groups: UnitGroups) -> tuple[dict[Path, Any], tuple[
         shown = ", ".join(f"{'/'.join(path)!r} {batch}" for path, batch in batches.items())
         raise ValueError(f"All parameters must have the same batch axes, got {shown}.")
     return members, next(iter(batches.values()), ())
+
+
+def has_members(tree: Any, groups: UnitGroups) -> bool:
+    """Whether any parameter of a tree belongs to a group."""
+    return not {path for path, _ in groups.shapes}.isdisjoint(leaves(tree))
 
 
 def put_members(tree: Any, members: Mapping[Path, Any]) -> Any:

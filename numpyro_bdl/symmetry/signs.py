@@ -11,7 +11,7 @@ Whether a pointwise function is odd or even is seen by evaluating it, as a whole
 its parts would pass, and ``x / (1 + abs(x))`` is odd.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -70,8 +70,8 @@ class Signs:
         """The variable of a factor of an axis, a bit."""
         return self._variables.setdefault((value, axis, (stride, label)), 1 << len(self._variables))
 
-    def variables(self, part: Part) -> dict[Key, int]:
-        """The variable, a bit, of each free factor of a part."""
+    def variables(self, part: Part, lengths: Sequence[int] | None = None) -> dict[Key, int]:
+        """The variable, a bit, of each free factor of a part; its axes of length 1 may be broadcast to lengths."""
         found: dict[Key, int] = {}
         stride = 1
         for axis in reversed(part.axes):
@@ -81,6 +81,8 @@ class Signs:
                     found[stride // part.low, factor] = self.variable(part.value, axis, own, factor)
                 own *= size(factor)
                 stride *= size(factor)
+            if lengths and own == 1:
+                stride *= lengths[axis]
         return found
 
     def _sum_is_zero(self, forms: Iterable[dict[Key, int]]) -> None:
@@ -143,7 +145,8 @@ class Signs:
 
     def _combine(self, name: str, inputs: list[Value], out: Value) -> None:
         """A pointwise function of several arrays."""
-        forms = [self.variables(whole(value)) for value in inputs]
+        lengths = [length(axis) for axis in out.axes]
+        forms = [self.variables(whole(value), lengths) for value in inputs]
         own = self.variables(whole(out))
         zero = lambda value: value.const is not None and value.const == 0
         if name in ("mul", "div"):
@@ -197,14 +200,15 @@ def solutions(equations: list[int], wanted: list[int]) -> list[tuple[bool, ...]]
             if row >> free & 1:
                 vector |= 1 << pivot
         found.append(vector)
-    return [tuple(bool(v >> (count - 1 - n) & 1) for n in range(count)) for v in _echelon(found)]
+    return [tuple(bool(v >> (count - 1 - n) & 1) for n in range(count)) for v in echelon(found)]
 
 
 def _bits(number: int) -> list[int]:
     return [n for n in range(number.bit_length()) if number >> n & 1]
 
 
-def _echelon(vectors: list[int]) -> list[int]:
+def echelon(vectors: list[int]) -> list[int]:
+    """A basis over GF(2) of what vectors span, in reduced echelon form."""
     basis: list[int] = []
     for vector in vectors:
         for row in sorted(basis, reverse=True):

@@ -94,8 +94,11 @@ class Trace:
 
     # ---- running ----------------------------------------------------------------------------------------------
 
-    def run(self, jaxpr, num_params: int) -> tuple[list[Value], list[Value]]:
-        """Interpret a jaxpr of which the first inputs are parameters; returns the values of these and the outputs."""
+    def run(self, jaxpr, num_params: int, carried: Sequence[int] = ()) -> tuple[list[Value], list[Value]]:
+        """Interpret a jaxpr of which the first inputs are parameters; returns the values of these and the outputs.
+
+        :param carried: The parameters whose next values the last outputs are; these are not returned.
+        """
         params, inputs = [], []
         for n, shape in enumerate(aval.shape for aval in jaxpr.in_avals):
             if n < num_params:
@@ -103,7 +106,10 @@ class Trace:
                 params.append(Value(axes, False, [frozenset({(n, axis)}) for axis in range(len(shape))]))
             else:
                 inputs.append(Value([fixed(k, INPUT) for k in shape], True))
-        outputs = self.jaxpr(jaxpr, [*params, *inputs])
+        found = self.jaxpr(jaxpr, [*params, *inputs])
+        outputs, new = found[: len(found) - len(carried)], found[len(found) - len(carried) :]
+        for n, value in zip(carried, new, strict=True):
+            self._same(params[n], value)
         for out in outputs:
             self.fix(out, range(len(out.axes)), OUTPUT)
         return params, outputs
@@ -437,7 +443,7 @@ class Trace:
     _checkpoint = _remat = _remat2 = _call
 
     def _same(self, one: Value, other: Value) -> None:
-        """Two arrays are one and the same, before and after a step of a loop."""
+        """Two arrays are one and the same, before and after a step."""
         for a, b in zip(one.axes, other.axes, strict=True):
             unify(a, b)
         self.notes.equal(whole(one), whole(other))

@@ -181,6 +181,24 @@ def test_running_averages_of_batch_norm_move_with_the_position():
     np.testing.assert_allclose(before, after, atol=1e-5)
 
 
+class NormedInput(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return Network()(nn.BatchNorm(use_running_average=False)(x))
+
+
+def test_statistics_of_no_group_stay_as_they_are():
+    def model(x, y):
+        net = random_flax_module("net", NormedInput(), dist.Normal(0, 1), input_shape=(4, 1), mutable=["batch_stats"])
+        with numpyro.plate("data", len(x)):
+            numpyro.sample("y", dist.Normal(net(x), 0.3), obs=y)
+
+    kernel = bdl.SGLD(model, step_size=1e-3)
+    plain, folded = (k.init(random.key(0), 1, None, (X, Y), {}) for k in (kernel, bdl.SymmetryRestricted(kernel)))
+    for one, other in zip(*map(jax.tree.leaves, (plain.mutable, folded.mutable)), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
 def test_a_pruned_network_is_folded_with_its_mask():
     kernel = bdl.SpikeSlabSGHMC(
         regression, step_size=1e-4, groups={"net/*.kernel": "unstructured"}, target_sparsity=0.3
@@ -313,6 +331,33 @@ def test_groups_by_hand_that_are_no_symmetry_are_refused():
     groups = UnitGroups.of(z, {"half": Units({"net/Dense_0.bias": 0, "net/Dense_0.kernel": 1}, {})})
     with pytest.raises(ValueError, match="no symmetry of the model: half: changes the function by"):
         bdl.SymmetryRestricted(NUTS(regression), groups).init(random.key(0), 1, None, (X, Y), {})
+
+
+def test_groups_by_hand_that_flip_a_bounded_site_are_refused():
+    """In unconstrained space -z is a copy of z, but its value is 2 - w."""
+
+    def model():
+        w = numpyro.sample("w", dist.Uniform(0, 2).expand([2]).to_event(1))
+        numpyro.sample("y", dist.Normal(jnp.sum((w - 1) ** 2), 1.0), obs=1.0)
+
+    groups = UnitGroups.of({"w": jnp.ones(2)}, {"pair": Units({"w": 0}, {}, flips=("w",))})
+    with pytest.raises(ValueError, match="pair: flips w, of which the transform to its support is not odd"):
+        bdl.SymmetryRestricted(NUTS(model), groups).init(random.key(0), 1, None, (), {})
+
+
+def test_groups_that_a_random_model_can_not_confirm_are_warned_of():
+    def model(x, y):
+        net = random_flax_module(
+            "net", nn.Sequential([nn.Dropout(0.5, deterministic=False), Network()]), dist.Normal(0, 1),
+            input_shape=(4, 1), apply_rng=["dropout"],
+        )  # fmt: skip
+        with numpyro.plate("data", len(x)):
+            numpyro.sample("y", dist.Normal(net(x, rngs={"dropout": numpyro.prng_key()}), 0.3), obs=y)
+
+    z = {"net/layers_1.Dense_0.bias": jnp.ones(3), "net/layers_1.Dense_0.kernel": jnp.ones((1, 3))}
+    half = UnitGroups.of(z, {"half": Units(dict(zip(z, (0, 1), strict=True)), {})})
+    with pytest.warns(UserWarning, match="groups could not be checked.*differs from run to run"):
+        bdl.SymmetryRestricted(NUTS(model), half).init(random.key(0), 1, None, (X, Y), {})
 
 
 def test_a_model_without_units_says_so():

@@ -170,6 +170,23 @@ def test_zero_biases_go_by_incoming_weights():
     assert equal(canonicalize(copies, groups), jax.tree.map(lambda w: jnp.broadcast_to(w, (10, *w.shape)), folded))
 
 
+@pytest.mark.parametrize("zeros", [("b0", "mean"), ("b0", "b", "mean"), ("b0", "b")])
+def test_two_kinds_of_signs_fall_back_together(zeros):
+    """Dense, BatchNorm, tanh, Dense: signs before the scale and after it. Flax begins with biases and means of 0."""
+    rng = np.random.default_rng(0)
+    shapes = {"b0": (4,), "w": (2, 4), "b": (4,), "mean": (4,), "scale": (4,), "v": (4, 1)}
+    params = {n: np.zeros(k) if n in zeros else rng.normal(size=k) for n, k in shapes.items()}
+    axes = {"b0": 0, "w": 1, "b": 0, "mean": 0, "scale": 0}
+    (group,) = UnitGroups.of(params, {"units": Units(axes, {"v": 0})})
+    kinds = (True, True, False, True, True, False), (False, False, True, False, True, True)
+    groups = UnitGroups((group._replace(flips=kinds),), tuple(((n,), k) for n, k in shapes.items()))
+    copies = apply(random_element(random.key(1), groups, (8,)), params)
+    for domain in ("bias", "incoming"):
+        folded = canonicalize(params, groups, domain)
+        assert equal(canonicalize(folded, groups, domain), folded)
+        assert equal(canonicalize(copies, groups, domain), jax.tree.map(lambda w: jnp.stack([w] * 8), folded))
+
+
 def test_duplicate_units_and_zeros_keep_the_function():
     params, groups = one_layer(4, 2)
     params["b"] = params["b"].at[1].set(params["b"][0]).at[3].set(0.0)
@@ -232,10 +249,18 @@ def test_other_leaves_and_missing_ones():
         (lambda p, g: UnitGroups.of(p, {"a": Units({"b": 1}, {})}), r"'b' has shape \(3,\) and no axis 1"),
         (lambda p, g: UnitGroups.of(p, {"a": Units({"b": 0, "w1": 0}, {})}), r"one length, got b\[0\] of length 3, w1"),
         (lambda p, g: UnitGroups.of(p, {"a": Units({"b": 0}, {}, ("w2",))}), "flips names w2, which it does not have"),
+        (
+            lambda p, g: UnitGroups.of(p, {"a": Units({"b": 0}, {}), "c": Units({"w1": 1, "b": 0}, {})}),
+            r"b\[0\] is named by 'a' and 'c'",
+        ),
+        (lambda p, g: UnitGroups.of(p, {"a": Units({"w1": 1}, {"w1": 1})}), r"w1\[1\] is named by 'a' twice"),
+        (lambda p, g: UnitGroups.of(p, {"a": Units({"b": 0}, {}, "b")}), r"flips must be a tuple .* got the text 'b'"),
+        (lambda p, g: UnitGroups.of(p, {"a": Units({"b": 0.0}, {})}), "the axis of 'b' must be an integer, got 0.0"),
+        (lambda p, g: UnitGroups.of(p, {"a": {"b": 0}}), r"Group 'a' must be Units\(writes=.* got dict"),
     ],
 )
 def test_bad_input(call, message):
-    with pytest.raises((ValueError, KeyError), match=message):
+    with pytest.raises((ValueError, TypeError, KeyError), match=message):
         call(*one_layer())
 
 

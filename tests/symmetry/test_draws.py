@@ -137,7 +137,8 @@ def test_batch_statistics_go_with_the_units():
     mcmc = run(bdl.SGLD(network, step_size=1e-3), X, LABELS, batch_size=20)
     mutable = mcmc.get_extra_fields(group_by_chain=True)["mutable"]
     groups = find_model_groups(network, X, LABELS, train=False)
-    folded = fold_draws(mcmc, groups)
+    with pytest.warns(UserWarning, match="groups could not be checked.*differs from run to run"):
+        folded = fold_draws(mcmc, groups)
     assert mutable.keys() <= folded.keys()
     potential = mcmc.sampler.potential
     latent = {name: mcmc.get_samples(group_by_chain=True)[name] for name in potential.latent}
@@ -156,8 +157,18 @@ def test_batch_statistics_go_with_the_units():
     assert np.abs(unmoved - before).max() > 1e-2
     with pytest.raises(ValueError, match="'net\\$state/.*' is missing"):
         fold_draws(mcmc.get_samples(group_by_chain=True), groups)
-    with pytest.warns(UserWarning, match="no group of units was found.*bitcast"):
+    with pytest.raises(ValueError, match=r"no 'net\$state/.*fold the run itself: fold_draws\(mcmc"):
+        fold_draws(bdl.to_datatree(mcmc), groups)
+    with pytest.warns(UserWarning, match="no group of units was found.*Of a network with dropout"):
         fold_draws(mcmc)
+
+
+def test_double_precision_is_kept(nuts, groups):
+    """Without x64 too, as draws of another run may have it."""
+    draws = {name: np.asarray(x, np.float64) + 1e-12 for name, x in nuts.get_samples(group_by_chain=True).items()}
+    folded = fold_draws(draws, groups)
+    assert {x.dtype for x in folded.values()} == {np.dtype(np.float64)}
+    np.testing.assert_array_equal(np.sort(np.abs(draws[BIAS])), folded[BIAS])
 
 
 def test_draws_that_are_not_finite_are_counted_and_passed_through(nuts, groups, monkeypatch):

@@ -223,6 +223,98 @@ def test_groups_of_a_model():
     assert kinds == {"gain": (3, 0), "location/Dense_0": (3, 1), "scale/Dense_0": (4, 0)}
 
 
+def bounded(x, y, low):
+    """The transform of w to (low, low + 2) is odd only if that is (-1, 1)."""
+    w = numpyro.sample("w", dist.Uniform(low, low + 2).expand([1, 3]).to_event(2))
+    b = numpyro.sample("b", dist.Normal(0, 1).expand([3]).to_event(1))
+    v = numpyro.sample("v", dist.Normal(0, 1).expand([3]).to_event(1))
+    with numpyro.plate("data", len(x)):
+        numpyro.sample("y", dist.Normal(jnp.tanh(x @ (w - low - 1) + b) @ v, 0.3), obs=y)
+
+
+@pytest.mark.parametrize(("low", "kinds"), [(-1.0, 1), (0.0, 0)])
+def test_signs_of_a_bounded_site_are_those_of_its_values(low, kinds):
+    """A flip in unconstrained space would take w to 2 - w, and draws are folded by their values."""
+    groups = find_model_groups(bounded, jnp.ones((5, 1)), jnp.ones(5), low)
+    assert (groups["w"].size, len(groups["w"].flips)) == (3, kinds)
+    assert any("signs of w: the transform to its support is not odd" in line for line in groups.left_out) != kinds
+
+
+class Overwritten(nn.Module):
+    """A statistic of the last batch, which training writes and evaluation reads."""
+
+    @nn.compact
+    def __call__(self, x):
+        h = nn.Dense(4)(x)
+        last = self.variable("stats", "mean", lambda: jnp.zeros(4))
+        if not self.is_initializing():
+            last.value = h.mean(0)
+        return nn.Dense(1)(jnp.tanh(h - h.mean(0)))[:, 0]
+
+
+def overwritten(x, y):
+    net = random_flax_module("net", Overwritten(), dist.Normal(0, 1), input_shape=(4, 1), mutable=["stats"])
+    with numpyro.plate("data", len(x)):
+        numpyro.sample("y", dist.Normal(net(x), 0.3), obs=y)
+
+
+def test_statistics_that_are_overwritten_belong_to_the_units():
+    group = find_model_groups(overwritten, jnp.linspace(0, 1, 5)[:, None], jnp.ones(5))["net/Dense_0"]
+    (stat,) = [n for n, m in enumerate(group.members) if m.path[-1] == "mean"]
+    kernel, bias = (next(n for n, m in enumerate(group.members) if m.path[0] == f"net/Dense_0.{p}") for p in
+                    ("kernel", "bias"))  # fmt: skip
+    # a bias moves the statistic too, so that the kinds which flip one of them flip all
+    assert all(kind[stat] == kind[kernel] == kind[bias] for kind in group.flips)
+    assert len(group.flips) == 1
+
+
+@pytest.mark.parametrize(
+    ("function", "expected"),
+    [
+        (
+            lambda p, x: (jnp.tanh(x @ p["a"])[:, :, None] * jnp.tanh(x @ p["c"])[:, None, :]).reshape(5, -1) @ p["o"],
+            {"a": (3, 1), "c": (2, 1)},
+        ),
+        (
+            lambda p, x: (lambda h: (h[:, :, None] * h[:, None, :]).reshape(5, -1) @ p["u"])(jnp.tanh(x @ p["a"])),
+            {"a": (3, 1)},
+        ),
+        (
+            lambda p, x: jnp.tanh(jnp.einsum("ni,io,h->noh", x, p["a"], np.ones(2)) * p["s"][:, None]).sum(2) @ p["v"],
+            {"a": (3, 2)},
+        ),
+    ],
+    ids=["outer product", "outer square", "channels first"],
+)
+def test_signs_where_axes_of_one_are_broadcast(function, expected):
+    rng = np.random.default_rng(0)
+    shapes = {"a": (4, 3), "c": (4, 2), "o": (6, 2), "u": (9, 2), "s": (3,), "v": (3, 2)}
+    params = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    groups = find_groups(function, params, jnp.ones((5, 4)))
+    assert {g.name: (g.size, len(g.flips)) for g in groups} == expected
+    assert not groups.left_out
+
+
+def test_axes_of_length_0_are_no_units():
+    params = {"w": jnp.ones((2, 3)), "v": jnp.ones((3, 1)), "w0": jnp.ones((2, 0)), "v0": jnp.ones((0, 1))}
+    function = lambda p, x: jnp.tanh(x @ p["w"]) @ p["v"] + jnp.tanh(x @ p["w0"]) @ p["v0"]
+    groups = find_groups(function, params, jnp.ones((4, 2)))
+    assert [g.name for g in groups] == ["w"]
+    canonicalize(params, groups)
+
+
+def test_a_function_that_is_finite_at_the_given_inputs_alone():
+    function = lambda p, x: jnp.tanh(jnp.log(x) @ p["w"]) @ p["v"]
+    params = {"w": jnp.ones((2, 3)), "v": jnp.ones((3, 1))}
+    assert len(find_groups(function, params, jnp.array([[1.5, 2.0], [3.0, 0.5]]))) == 1
+
+
+def test_rounding_errors_of_a_steep_network_are_no_change():
+    sine = lambda x: jnp.sin(30 * x)
+    network = Layers((nn.Dense(64), sine, nn.Dense(64), sine, nn.Dense(64), sine, nn.Dense(64), sine, nn.Dense(1)))
+    assert len(find_groups(network, None, jnp.ones((3, 2)))) == 4
+
+
 def test_a_table():
     table = str(find_groups(MLP((5,)), None, jnp.ones((3, 2))))
     assert table.splitlines() == [
