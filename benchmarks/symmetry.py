@@ -419,11 +419,11 @@ def score(widths, draws: Draws, data: Data) -> dict[str, Any]:
     }
 
 
-def uci(names: list[str], splits: int) -> None:
+def uci(names: list[str], splits: list[int]) -> None:
     for name in names:
         steps, rate, prior = tune(name)
         setting = f"{steps} steps, rate {rate}, prior {prior:g}"
-        for split in range(splits):
+        for split in splits:
             data, rows = load(name, split), []
             several = sample(F1, data, split, chains=CHAINS, warmup=WARMUP, draws=DRAWS, depth=DEPTH)
             one = sample(F1, data, 100 + split, chains=1, warmup=WARMUP, draws=CHAINS * DRAWS, depth=DEPTH)
@@ -588,7 +588,7 @@ def main():
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--data", nargs="+", choices=UCI, default=list(UCI), help="which data sets of uci")
     parser.add_argument("--seeds", type=int, default=3, help="seeds of toys")
-    parser.add_argument("--splits", type=int, default=3, help="splits of uci")
+    parser.add_argument("--splits", nargs="+", type=int, default=[0, 1, 2], help="splits of uci")
     parser.add_argument("--deep-seeds", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=21, help="rounds of fold")
     parser.add_argument("--plot", type=Path, help="where to save a picture of the curve of toys")
