@@ -36,7 +36,6 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -192,12 +191,12 @@ def first_states(kernel, keys, data: tuple, rates, sites: dict | None = None):
     return states._replace(preconditioner=(rate, states.preconditioner[1]))
 
 
-def end_points(kernel, states, data: tuple) -> dict:
-    """Positions (lane, particle, ...) at the end of ensembles that run side by side, each on its own data."""
-    advance = jax.jit(jax.vmap(lambda state, *data: kernel.sample(state, data, {})))
-    for _ in range(DRAWS):
-        states = advance(states, *data)
-    return states.z
+def run_mcmc(kernel, chains: int, warmup: int, draws: int, seed: int, *args, **kwargs) -> dict:
+    """Draws (chain, draw, ...) by site."""
+    lengths = {"num_warmup": warmup, "num_samples": draws, "num_chains": chains}
+    mcmc = MCMC(kernel, **lengths, chain_method="vectorized", progress_bar=False)
+    mcmc.run(random.key(seed), *args, **kwargs)
+    return mcmc.get_samples(group_by_chain=True)
 
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -208,49 +207,49 @@ METHODS: dict[str, dict[str, Any]] = {
     "DRLE-function": {"mmd": 1, "repulsion": "function"},
     "anchored": {"langevin": False},
 }
+Trainer = Callable[[jax.Array, tuple, Any], dict]
+"""From keys (lane, particle), data and rates by lane to the end points; one program, compiled when it is first used."""
 
 
-def run_kernel(method, model, keys, data, rates, steps, anchor_inputs, sites=None) -> dict:
-    """End points of one of METHODS; ``data`` and ``rates`` by lane, a rate being a step on the mean loss."""
-    options, rows = METHODS[method], data[0].shape[1]
+def make_trainer(method: str, network: MLP, model, rows: int, steps: int, anchor_inputs=None, sites=None) -> Trainer:
+    """Of one of METHODS or SVGD; a rate is a step on the mean loss."""
+    options = METHODS.get(method, METHODS["DE"])
     if options.get("repulsion") == "function":
         options = options | {"anchor_inputs": (anchor_inputs,)}
-    kernel = bdl.WGFEnsemble(
-        model,
-        step_size=lambda i: decay(steps)(i) / rows,
-        preconditioner=Rated(),
-        steps_per_draw=steps // DRAWS,
-        **options,
-    )
-    if method != "anchored":
-        return end_points(kernel, first_states(kernel, keys, data, rates, sites), data)
-    # each particle has a prior of its own, and is an ensemble of one
-    lanes, particles = keys.shape
-    apart = lambda a: jnp.repeat(a, particles, 0)
-    shapes = jax.eval_shape(MLP.init, model.network, random.key(0), data[0][0, :1])["params"]
-    anchors = {
-        f"{layer}.{kind}": random.normal(random.fold_in(random.key(7), n), (lanes * particles, *s.shape))
-        for n, (layer, kind, s) in enumerate((i, k, s) for i, kinds in shapes.items() for k, s in kinds.items())
-    }
-    data = (*map(apart, data), anchors)
-    z = end_points(kernel, first_states(kernel, keys.reshape(-1, 1), data, apart(rates), sites), data)
-    return jax.tree.map(lambda w: w.reshape(lanes, particles, *w.shape[2:]), z)
+    step_size, draw = (lambda i: decay(steps)(i) / rows), {"steps_per_draw": steps // DRAWS}
+    kernel = bdl.WGFEnsemble(model, step_size=step_size, preconditioner=Rated(), **draw, **options)
+    advance = jax.jit(jax.vmap(lambda state, *data: kernel.sample(state, data, {})))
 
+    def by_kernel(keys, data, rates):
+        states = first_states(kernel, keys, data, rates, sites)
+        for _ in range(DRAWS):
+            states = advance(states, *data)
+        return states.z
 
-def run_svgd(model, start: dict, data: tuple, rates, steps: int, kernel_key=0) -> dict:
-    """End points of NumPyro's SVGD with Adam from given positions (lane, particle, ...)."""
-    particles = len(jax.tree.leaves(start)[0][0])
+    def anchored(keys, data, rates):
+        """Each particle has a prior of its own, and is an ensemble of one."""
+        lanes, particles = keys.shape
+        shapes = jax.eval_shape(lambda x: network.init(random.key(0), x)["params"], data[0][0])
+        draws = normal(random.key(7), jax.tree.map(lambda s: jnp.zeros((lanes * particles, *s.shape)), shapes))
+        anchors = {f"{layer}.{kind}": w for layer, kinds in draws.items() for kind, w in kinds.items()}
+        rates, *data = (jnp.repeat(jnp.asarray(a), particles, 0) for a in (rates, *data))
+        z = by_kernel(keys.reshape(-1, 1), (*data, anchors), rates)
+        return jax.tree.map(lambda w: w.reshape(lanes, particles, *w.shape[2:]), z)
 
-    @jax.jit
-    @jax.vmap
-    def run(start, rate, *data):
+    def one_svgd(start, rate, *data):
+        particles = len(jax.tree.leaves(start)[0])
         svgd = SVGD(model, Adam(lambda i: rate * decay(steps)(i)), RBFKernel(), num_stein_particles=particles)
-        state = svgd.init(random.key(kernel_key), *data)
+        state = svgd.init(random.key(0), *data)
         state = state._replace(optim_state=svgd.optim.init({f"{k}_auto_loc": w for k, w in start.items()}))
         state = lax.fori_loop(0, steps, lambda i, s: svgd.update(s, *data)[0], state)
-        return svgd.optim.get_params(state.optim_state)
+        return {k.removesuffix("_auto_loc"): w for k, w in svgd.optim.get_params(state.optim_state).items()}
 
-    return {k.removesuffix("_auto_loc"): w for k, w in run(start, jnp.asarray(rates, jnp.float32), *data).items()}
+    stein = jax.jit(jax.vmap(one_svgd))
+
+    def by_svgd(keys, data, rates):
+        return stein(first_states(kernel, keys, data, rates, sites).z, jnp.asarray(rates, jnp.float32), *data)
+
+    return {"anchored": anchored, "SVGD": by_svgd}.get(method, by_kernel)
 
 
 # ---- force ----------------------------------------------------------------------------------------------------------
@@ -263,30 +262,20 @@ def force(quick: bool) -> None:
         def model(size=size):
             numpyro.sample("w", dist.Normal(0, 1).expand([size]).to_event(1))
 
-        for name, radial in {
-            "scale 1": mmd.RBF(math.sqrt(size), 1.0),
-            "default scale": mmd.RBF(math.sqrt(size)),
-        }.items():
+        for name, scale in (("1", 1.0), ("default", None)):
+            radial = mmd.RBF(math.sqrt(size), scale)
             kernel = bdl.WGFEnsemble(model, step_size=1e-3, mmd=1, kernel=radial, init_strategy=init_to_sample())
             for seed in range(5):
                 state = kernel.init(random.split(random.key(seed), 20), 0, None, (), {})
                 ratio = float(jnp.median(state.repulsion_ratio))
-                row = {"dimension": size, "kernel": name, "seed": seed, "ratio": f"{ratio:.3e}"}
+                row = {"dimension": size, "kernel_scale": name, "seed": seed, "ratio": f"{ratio:.3e}"}
                 rows.append(row | {"ratio_times_dimension": round(ratio * size, 4)})
     write("force", rows)
-    print(
-        "|repulsion| / |prior drift|, 20 particles, kl = mmd, bandwidth sqrt(J); with scale 1 ratio * J -> 1/e = .368"
-    )
-    for name in ("scale 1", "default scale"):
-        for size in dict.fromkeys(row["dimension"] for row in rows):
-            values = [float(r["ratio"]) for r in rows if (r["dimension"], r["kernel"]) == (size, name)]
-            times = statistics.mean(values) * size
-            goal = (
-                f"ratio*J {times:.3f} {'in' if 0.33 <= times <= 0.40 else 'NOT in'} [.33, .40]"
-                if name == "scale 1"
-                else ""
-            )
-            print(f"  {name:14} J = {size:<6} ratio {statistics.mean(values):.3e} {goal}")
+    print("|repulsion| / |prior drift|, 20 particles, kl = mmd, bandwidth sqrt(J); with scale 1 ratio * J goes to 1/e")
+    for size, name in dict.fromkeys((row["dimension"], row["kernel_scale"]) for row in rows):
+        ratio = statistics.mean(float(r["ratio"]) for r in rows if (r["dimension"], r["kernel_scale"]) == (size, name))
+        goal = f", times J {ratio * size:.3f}, {'in' if 0.33 <= ratio * size <= 0.40 else 'NOT in'} [.33, .40]"
+        print(f"  J = {size:<6} scale {name:8} ratio {ratio:.3e}{goal if name == '1' else ''}")
 
 
 # ---- conjugate regression -------------------------------------------------------------------------------------------
@@ -329,16 +318,7 @@ def regression(quick: bool) -> None:
             # rows of each particle's own, so that the particles are independent
             kernel = bdl.WGFEnsemble(model, step_size=size, steps_per_draw=20, share_batch=False)
             draws = 50 if quick else int(2000 * 0.05 / product) + 500
-            mcmc = MCMC(
-                kernel,
-                num_warmup=draws // 5,
-                num_samples=draws,
-                num_chains=particles,
-                chain_method="vectorized",
-                progress_bar=False,
-            )
-            mcmc.run(random.key(1), x, y, batch=batch)
-            w = np.asarray(mcmc.get_samples(group_by_chain=True)["w"], float)
+            w = np.asarray(run_mcmc(kernel, particles, draws // 5, draws, 1, x, y, batch=batch)["w"], float)
             means = w.mean(1)
             z = (means.mean(0) - exact) / (means.std(0, ddof=1) / math.sqrt(particles))
             covariance = np.cov((w - exact).reshape(-1, j).T)
@@ -365,14 +345,6 @@ def regression(quick: bool) -> None:
 # ---- constrained sites ----------------------------------------------------------------------------------------------
 
 
-def ensemble_draws(model, args: tuple, steps: int, size: float, particles: int, seed: int, **options) -> dict:
-    kernel = bdl.WGFEnsemble(model, step_size=size, steps_per_draw=50, **options)
-    lengths = {"num_warmup": steps // 100, "num_samples": steps // 100, "num_chains": particles}
-    mcmc = MCMC(kernel, **lengths, chain_method="vectorized", progress_bar=False)
-    mcmc.run(random.key(seed), *args)
-    return mcmc.get_samples()
-
-
 def svgd_particles(model, args: tuple, steps: int, particles: int, seed: int) -> dict:
     svgd = SVGD(model, Adam(0.02), RBFKernel(), num_stein_particles=particles)
     result = svgd.run(random.key(seed), steps, *args, progress_bar=False)
@@ -392,26 +364,25 @@ def constrained(quick: bool) -> None:
         s = numpyro.sample("s", dist.HalfNormal(1))
         numpyro.sample("y", dist.Normal(x @ w, s), obs=y)
 
-    steps = 2000 if quick else 40_000
+    draws = 20 if quick else 400  # of 50 steps
     rows = []
     for case, model, args, size in (("LogNormal, no data", free, (), 0.02), ("regression", scaled, (x, y), 5e-4)):
         for seed in range(seeds):
-            found = {
-                "DLE": ensemble_draws(model, args, steps, size, particles, seed),
-                "DRLE-weights": ensemble_draws(model, args, steps, size, particles, seed, mmd=1, repulsion="weights"),
-                "SVGD": svgd_particles(model, args, 300 if quick else 3000, particles, seed),
-            }
-            if args:
-                mcmc = MCMC(NUTS(model), num_warmup=500, num_samples=200 if quick else 10_000, progress_bar=False)
-                mcmc.run(random.key(seed), *args)
-                found = {"NUTS": mcmc.get_samples()} | found
+            dle, drle = (
+                bdl.WGFEnsemble(model, step_size=size, steps_per_draw=50, repulsion="weights", mmd=weight)
+                for weight in (0, 1)
+            )
+            run = lambda kernel, *lengths: run_mcmc(kernel, *lengths, seed, *args)  # noqa: B023
+            found = {"NUTS": run(NUTS(model), 4, 500, 100 if quick else 5000)} if args else {}
+            found |= {"DLE": run(dle, particles, draws, draws), "DRLE-weights": run(drle, particles, draws, draws)}
+            found["SVGD"] = svgd_particles(model, args, 300 if quick else 3000, particles, seed)
             for method, sites in found.items():
                 log_s = np.log(np.asarray(sites["s"], float))
                 row = {"case": case, "method": method, "seed": seed}
                 row |= {"mean_log_s": round(log_s.mean(), 4), "sd_log_s": round(log_s.std(), 4)}
                 if "w" in sites:
                     w = np.asarray(sites["w"], float)
-                    row |= {"mean_w": round(w[:, 0].mean(), 4), "sd_w": round(w[:, 0].std(), 4)}
+                    row |= {"mean_w": round(w[..., 0].mean(), 4), "sd_w": round(w[..., 0].std(), 4)}
                 rows.append(row)
     write("constrained", rows)
     print("Means over seeds; exact for the first case: mean 0, sd 1. DRLE has another target than the posterior.")
@@ -436,28 +407,20 @@ def gap(quick: bool) -> None:
         data.append((x[:, None] - 3.5, (x * np.sin(x) + noise * rng.normal(size=90)) / 2))
     data = tuple(jnp.asarray(np.stack(a), jnp.float32) for a in zip(*data, strict=True))
     model = make_network(network, noise=noise / 2)
-    model.network = network
     keys = jnp.stack([random.split(random.key(seed), particles) for seed in range(seeds)])
     anchor = jnp.linspace(-4, 4, 40)[:, None]  # x from -.5 to 7.5
     inside = jnp.broadcast_to(jnp.linspace(*GAP, 41)[None, :, None] - 3.5, (seeds, 41, 1))
     found = {}
     for method in METHODS:
         begin = time.perf_counter()
-        found[method] = run_kernel(method, model, keys, data, [3e-3] * seeds, steps, anchor)
+        train = make_trainer(method, network, model, 90, steps, anchor)
+        found[method] = train(keys, data, [3e-3] * seeds)
         print(f"  gap, {method}: {time.perf_counter() - begin:.0f} s", flush=True)
     nuts = []
     for seed in range(seeds):
         short = 20 if quick else 200
-        mcmc = MCMC(
-            NUTS(model, max_tree_depth=8),
-            num_warmup=short,
-            num_samples=short,
-            num_chains=4,
-            chain_method="vectorized",
-            progress_bar=False,
-        )
-        mcmc.run(random.key(seed), data[0][seed], data[1][seed])
-        nuts.append(mcmc.get_samples())
+        one = run_mcmc(NUTS(model, max_tree_depth=8), 4, short, short, seed, data[0][seed], data[1][seed])
+        nuts.append(jax.tree.map(lambda w: w.reshape(-1, *w.shape[2:]), one))
         print(f"  gap, NUTS, seed {seed}", flush=True)
     found["NUTS"] = {k: jnp.stack([one[k] for one in nuts]) for k in found["DE"]}
     rows = []
@@ -476,8 +439,8 @@ def gap(quick: bool) -> None:
 # ---- UCI ------------------------------------------------------------------------------------------------------------
 
 UCI = ("yacht", "energy", "concrete", "wine_red")
-PARTICLES, STEPS, TRIALS = 5, 2000, 5
-RATES = {"kernel": (0.001, 0.003, 0.01, 0.03, 0.1), "SVGD": (0.0003, 0.001, 0.003, 0.01, 0.03)}
+PARTICLES, STEPS, TRIALS = 5, 2000, 10
+RATES = {"kernel": np.geomspace(1e-3, 1, TRIALS), "SVGD": np.geomspace(3e-4, 0.3, TRIALS)}
 METRICS = ("nll", "rmse", "crps", "sd")
 
 
@@ -492,7 +455,10 @@ class Split(NamedTuple):
 
 
 def load(name: str, splits: int) -> tuple[Split, Split]:
-    """The splits, and a fifth of the training rows of split 0 in place of test rows, to choose by."""
+    """The splits, and split 0 with a fifth of its training rows in place of its test rows, to choose by.
+
+    In their stead are other training rows once more: with as many rows the choice and the splits share a program.
+    """
     folder = os.environ.get("NUMPYRO_BDL_DATA")
     path = Path(folder or "", "uci", f"{name}.npz")
     if not folder or not path.exists():
@@ -501,24 +467,21 @@ def load(name: str, splits: int) -> tuple[Split, Split]:
             f" uci/, with x, y and test_index (split, row). It is {folder!r} now. The other parts don't need it."
         )
     with np.load(path) as file:
-        x, y, test = file["x"], file["y"], file["test_index"]
+        x, y, test = file["x"], file["y"], file["test_index"][:splits]
+
+    def scaled(train, test):
+        centre, width, shift, scale = x[train].mean(0), x[train].std(0), y[train].mean(), y[train].std()
+        width = np.where(width > 0, width, 1)
+        inputs, outcomes = (((x[rows] - centre) / width, (y[rows] - shift) / scale) for rows in (train, test)), scale
+        (x_train, y_train), (x_test, y_test) = inputs
+        return Split(*(np.float32(a) for a in (x_train, y_train, x_test, y_test)), outcomes)
+
     train = [np.setdiff1d(np.arange(len(x)), rows) for rows in test]
-    held_out, kept = np.split(np.random.default_rng(0).permutation(train[0]), [len(train[0]) // 5])
-    folds = [scaled_split(x, y, kept, held_out)]
-    return tuple(
-        Split(*(np.stack(a) for a in zip(*some, strict=True)))
-        for some in ([scaled_split(x, y, train[s], test[s]) for s in range(splits)], folds)
-    )
-
-
-def scaled_split(x, y, train, test) -> Split:
-    centre, width = x[train].mean(0), x[train].std(0)
-    width = np.where(width > 0, width, 1)
-    shift, scale = y[train].mean(), y[train].std()
-    inputs = (((x[rows] - centre) / width).astype("f4") for rows in (train, test))
-    outcomes = (((y[rows] - shift) / scale).astype("f4") for rows in (train, test))
-    (x, x_test), (y, y_test) = inputs, outcomes
-    return Split(x, y, x_test, y_test, scale)
+    rng, fifth = np.random.default_rng(0), len(train[0]) // 5
+    held_out, kept = np.split(rng.permutation(train[0]), [fifth])
+    fold = scaled(np.concatenate([kept, rng.choice(kept, fifth, replace=False)]), held_out)
+    splits = [scaled(*rows) for rows in zip(train, test, strict=True)]
+    return tuple(Split(*map(np.stack, zip(*some, strict=True))) for some in (splits, [fold] * TRIALS))
 
 
 def crps(mean, sigma, y) -> np.ndarray:
@@ -549,50 +512,39 @@ def judge(network: MLP, z: dict, data: Split) -> list[dict[str, float]]:
 
 
 def uci(names: list[str], splits: int, quick: bool) -> None:
-    steps = 40 if quick else STEPS
     network = MLP((50,))
-    model = make_network(network, batch=100)
-    model.network = network
-
-    def run(method, data: Split, rates):
-        lanes = len(rates)
-        x, y = (jnp.broadcast_to(a, (lanes, *a.shape[1:])) for a in data[:2])
-        keys = jnp.stack([random.split(random.key(s if len(data.x) > 1 else 100), PARTICLES) for s in range(lanes)])
-        anchor = 2 * random.normal(random.key(5), (32, x.shape[-1]))  # wider than the data, whose scale is 1
-        sites, rates = {"sigma": 0.0}, jnp.asarray(rates)
-        if method != "SVGD":
-            return run_kernel(method, model, keys, (x, y), rates, steps, anchor, sites)
-        kernel = bdl.WGFEnsemble(model, step_size=1.0, preconditioner=Rated(), kl=0)
-        start = first_states(kernel, keys, (x, y), rates, sites).z
-        return run_svgd(model, start, (x, y), rates, steps)
-
+    model, steps = make_network(network, batch=100), 40 if quick else STEPS
     for name in names:
         data, fold = load(name, splits)
-        rows, trials = [], []
+        rows, columns = data.x.shape[1:]
+        anchor = 2 * random.normal(random.key(5), (32, columns))  # wider than the data, whose scale is 1
+        table, trials = [], []
         for method in (*METHODS, "SVGD"):
             begin, grid = time.perf_counter(), RATES["SVGD" if method == "SVGD" else "kernel"]
-            many = Split(*(np.repeat(a, len(grid), 0) for a in fold))
-            found = judge(network, run(method, many, grid), many)
-            nll = [row["nll"] if math.isfinite(row["nll"]) else math.inf for row in found]
+            train = make_trainer(method, network, model, rows, steps, anchor, {"sigma": 0.0})
+
+            def run(data, rates, seed):
+                keys = random.split(random.key(seed), (len(rates), PARTICLES))
+                call = keys, tuple(map(jnp.asarray, data[:2])), rates
+                return judge(network, train(*call), data)  # noqa: B023
+
+            nll = [row["nll"] if math.isfinite(row["nll"]) else math.inf for row in run(fold, grid, 1)]
             best = int(np.argmin(nll))
-            trials += [
-                {"data": name, "method": method, "rate": r, "nll": round(v, 4)} for r, v in zip(grid, nll, strict=True)
-            ]
-            found = judge(network, run(method, data, [grid[best]] * splits), data)
+            found = run(data, [grid[best]] * splits, 0)
+            label = {"data": name, "method": method}
+            trials += [label | {"rate": f"{r:.2e}", "nll": round(v, 4)} for r, v in zip(grid, nll, strict=True)]
             for split, row in enumerate(found):
-                rows.append(
-                    {"data": name, "method": method, "split": split, "rate": grid[best]}
-                    | {k: round(v, 5) for k, v in row.items()}
-                )
-            edge = " (AT THE EDGE of the grid)" if best in (0, len(grid) - 1) else ""
+                label |= {"split": split, "rate": f"{grid[best]:.2e}"}
+                table.append(label | {k: round(v, 5) for k, v in row.items()})
+            edge = " AT THE EDGE" if best in (0, len(grid) - 1) else ""
             print(
-                f"  {name}, {method}: rate {grid[best]:g}{edge}, NLL of trials {' '.join(f'{v:.3f}' for v in nll)};"
+                f"  {name}, {method}: rate {grid[best]:.2e}{edge}, NLL of trials {' '.join(f'{v:.2f}' for v in nll)};"
                 f" test NLL {np.mean([r['nll'] for r in found]):.3f}, {time.perf_counter() - begin:.0f} s",
                 flush=True,
             )
-        write("uci", rows, ("data", "method", "split"))
+        write("uci", table, ("data", "method", "split"))
         write("uci_trials", trials, ("data", "method", "rate"))
-        compare(rows, METRICS, "DE", "data", "split")
+        compare(table, METRICS, "DE", "data", "split")
     print("\nThe training rows of splits overlap, so that the intervals are too short; each metric has 24 of them.")
 
 
@@ -615,11 +567,8 @@ def control(quick: bool) -> None:
         ends = {}
         for method, options in weights.items():
             kernel = bdl.WGFEnsemble(model, step_size=0.01, steps_per_draw=1000, **options)
-            mcmc = MCMC(
-                kernel, num_warmup=0, num_samples=1, num_chains=particles, chain_method="vectorized", progress_bar=False
-            )
-            mcmc.run(random.key(seed), init_params={"t": start})
-            ends[method] = np.asarray(mcmc.get_samples()["t"], float)
+            draws = run_mcmc(kernel, particles, 0, 1, seed, init_params={"t": start})["t"]
+            ends[method] = np.asarray(draws[:, 0], float)
         modes = {method: np.floor(t / np.pi) for method, t in ends.items()}
         for method, t in ends.items():
             alone = int(sum(np.sum(modes[method] == m) == 1 for m in modes[method]))
@@ -629,9 +578,7 @@ def control(quick: bool) -> None:
             row |= {"rms_distance_to_mode": round(float(np.sqrt(np.mean((t - np.pi * (modes[method] + 0.5)) ** 2))), 4)}
             rows.append(row)
     write("control", rows)
-    print(
-        "20 particles, 2000 modes, by method: alone in their mode, in the mode of DE's particle, loss, distance to mode"
-    )
+    print("20 particles, 2000 modes: means over seeds")
     for method in weights:
         of = [row for row in rows if row["method"] == method]
         print(f"  {method:6}" + "  ".join(f"{c} {np.mean([r[c] for r in of]):.3f}" for c in list(of[0])[2:]))
@@ -681,15 +628,12 @@ SIZE = 1e-8
 
 
 def speed_runners(case: Case, particles: int) -> dict[str, Callable[[int], Any]]:
-    kernels = {
-        m: bdl.WGFEnsemble(
-            case.model, step_size=SIZE, **o, **({"anchor_inputs": (case.anchor,)} if m == "DRLE-function" else {})
-        )
-        for m, o in METHODS.items()
-        if m in ("DE", "DLE", "DRLE-weights", "DRLE-function")
-    }
+    def make(method: str, **more):
+        anchored = {"anchor_inputs": (case.anchor,)} if method == "DRLE-function" else {}
+        return bdl.WGFEnsemble(case.model, step_size=SIZE, **METHODS[method], **anchored, **more)
+
     keys = random.split(random.key(0), particles)
-    start = kernels["DE"].init(keys, 0, None, case.args, {}).z
+    start = make("DE").init(keys, 0, None, case.args, {}).z
 
     def loop(step):
         """A hand-written loop whose number of steps is no constant, so that it is compiled once."""
@@ -713,25 +657,19 @@ def speed_runners(case: Case, particles: int) -> dict[str, Callable[[int], Any]]
 
         return loop(step)
 
-    def pairs(kernel):
+    def pairs(method):
+        kernel = make(method)
         kernel.init(keys, 0, None, case.args, {})
         forces = jax.vmap(lambda z: repulsion_and_attraction(z, {}, kernel._repulsion), axis_name=CHAINS)
+        return loop(lambda z, key, args: jax.tree.map(lambda w, r, p: w - SIZE * (r - p), z, *forces(z)))
 
-        def step(z, key, args):
-            return jax.tree.map(lambda w, r, p: w - SIZE * (r - p), z, *forces(z))
-
-        return loop(step)
-
-    def through_mcmc(method, options={"num_chains": particles, "chain_method": "vectorized"}):  # noqa: B006
+    def through_mcmc(method):
         runs = {}
 
         def run(steps):
             if steps not in runs:
-                anchored = {"anchor_inputs": (case.anchor,)} if method == "DRLE-function" else {}
-                kernel = bdl.WGFEnsemble(
-                    case.model, step_size=SIZE, steps_per_draw=steps, **METHODS[method], **anchored
-                )
-                runs[steps] = MCMC(kernel, num_warmup=0, num_samples=1, **options)
+                lengths = {"num_warmup": 0, "num_samples": 1, "num_chains": particles}
+                runs[steps] = MCMC(make(method, steps_per_draw=steps), **lengths, chain_method="vectorized")
             runs[steps].run(random.key(1), *case.args)
             jax.block_until_ready(runs[steps].last_state.z)
 
@@ -746,9 +684,9 @@ def speed_runners(case: Case, particles: int) -> dict[str, Callable[[int], Any]]
     return {
         "gradients by hand": gradients(False),
         "gradients and noise by hand": gradients(True),
-        **{method: through_mcmc(method) for method in kernels},
-        "pairs alone, weights": pairs(kernels["DRLE-weights"]),
-        "pairs alone, function": pairs(kernels["DRLE-function"]),
+        **{method: through_mcmc(method) for method in ("DE", "DLE", "DRLE-weights", "DRLE-function")},
+        "pairs alone, weights": pairs("DRLE-weights"),
+        "pairs alone, function": pairs("DRLE-function"),
         "SVGD": svgd(),
     }
 
