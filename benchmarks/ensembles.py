@@ -439,7 +439,7 @@ def gap(quick: bool) -> None:
 # ---- UCI ------------------------------------------------------------------------------------------------------------
 
 UCI = ("yacht", "energy", "concrete", "wine_red")
-PARTICLES, STEPS, TRIALS = 5, 2000, 10
+PARTICLES, STEPS, TRIALS = 5, 1000, 10
 RATES = {"kernel": np.geomspace(1e-3, 1, TRIALS), "SVGD": np.geomspace(3e-4, 0.3, TRIALS)}
 METRICS = ("nll", "rmse", "crps", "sd")
 
@@ -523,14 +523,13 @@ def uci(names: list[str], splits: int, quick: bool) -> None:
             begin, grid = time.perf_counter(), RATES["SVGD" if method == "SVGD" else "kernel"]
             train = make_trainer(method, network, model, rows, steps, anchor, {"sigma": 0.0})
 
-            def run(data, rates, seed):
-                keys = random.split(random.key(seed), (len(rates), PARTICLES))
-                call = keys, tuple(map(jnp.asarray, data[:2])), rates
-                return judge(network, train(*call), data)  # noqa: B023
+            def run(data, rates, keys):
+                return judge(network, train(keys, tuple(map(jnp.asarray, data[:2])), rates), data)  # noqa: B023
 
-            nll = [row["nll"] if math.isfinite(row["nll"]) else math.inf for row in run(fold, grid, 1)]
+            alike = jnp.broadcast_to(random.split(random.key(1), PARTICLES), (TRIALS, PARTICLES))
+            nll = [row["nll"] if math.isfinite(row["nll"]) else math.inf for row in run(fold, grid, alike)]
             best = int(np.argmin(nll))
-            found = run(data, [grid[best]] * splits, 0)
+            found = run(data, [grid[best]] * splits, random.split(random.key(0), (splits, PARTICLES)))
             label = {"data": name, "method": method}
             trials += [label | {"rate": f"{r:.2e}", "nll": round(v, 4)} for r, v in zip(grid, nll, strict=True)]
             for split, row in enumerate(found):
@@ -561,14 +560,17 @@ def control(quick: bool) -> None:
         "DLE": {"kl": 0.001},
         "DRLE": {"kl": 0.001, "mmd": 0.6, "kernel": mmd.RBF(0.1, 1.0), "repulsion": "weights"},
     }
-    rows, particles = [], 20
+    rows, particles, programs = [], 20, {}
+    for method, options in weights.items():
+        kernel = bdl.WGFEnsemble(model, step_size=0.01, steps_per_draw=1000, **options)
+        programs[method] = kernel, jax.jit(lambda state, kernel=kernel: kernel.sample(state, (), {}).z["t"])
     for seed in range(2 if quick else 20):
         start = random.uniform(random.key(seed), (particles,), minval=-1000 * jnp.pi, maxval=1000 * jnp.pi)
-        ends = {}
-        for method, options in weights.items():
-            kernel = bdl.WGFEnsemble(model, step_size=0.01, steps_per_draw=1000, **options)
-            draws = run_mcmc(kernel, particles, 0, 1, seed, init_params={"t": start})["t"]
-            ends[method] = np.asarray(draws[:, 0], float)
+        states = {
+            m: k.init(random.split(random.key(seed), particles), 0, {"t": start}, (), {})
+            for m, (k, _) in programs.items()
+        }
+        ends = {method: np.asarray(run(states[method]), float) for method, (_, run) in programs.items()}
         modes = {method: np.floor(t / np.pi) for method, t in ends.items()}
         for method, t in ends.items():
             alone = int(sum(np.sum(modes[method] == m) == 1 for m in modes[method]))
