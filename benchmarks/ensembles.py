@@ -15,7 +15,8 @@ each with a table in benchmarks/results, ensembles_*.csv, one row for each split
 ``force``: the repulsion over the drift of the prior in 1 to 10 000 dimensions, particles being draws from the prior.
 ``regression``: conjugate linear regression; moments against exact ones over step sizes, with all rows and minibatches.
 ``constrained``: a LogNormal site without data, and a regression with a HalfNormal scale beside NUTS and SVGD.
-``gap``: 1-D regression with a gap in its inputs; the spread of functions in the gap over that on the data.
+``gap``: 1-D regression with a gap in its inputs (y = x sin x, 2 x 10 tanh units); the spread of functions in the gap
+over that on the data, beside NUTS. Rates are the largest at which nothing diverges.
 ``uci``: yacht, energy, concrete, wine_red; one hidden layer of 50 ReLU units, five particles, the scale of the noise
 learned. It needs the environment variable NUMPYRO_BDL_DATA, a folder that holds ``uci/yacht.npz`` and so on, each with
 x, y and ``test_index`` (split, row). Inputs and outcomes are scaled by the training rows; results are in the units of
@@ -71,8 +72,8 @@ EXPECTED_WARNINGS = ("the repulsion is", "the prior of")  # inert by design in f
 # ---- tables ---------------------------------------------------------------------------------------------------------
 
 
-def write(name: str, rows: list[dict], keys: tuple[str, ...] = ()) -> None:
-    """Write rows to a table, in place of those of the same keys, beside the others if there are keys."""
+def write(name: str, rows: list[dict], keys: tuple[str, ...] = ()) -> list[dict]:
+    """Write rows to a table, in place of those of the same keys, beside the others if there are keys; returns all."""
     path, of = RESULTS / f"ensembles_{name}.csv", lambda row: tuple(str(row[k]) for k in keys)
     if keys and path.exists():
         new = {of(row) for row in rows}
@@ -83,6 +84,7 @@ def write(name: str, rows: list[dict], keys: tuple[str, ...] = ()) -> None:
         writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
+    return rows
 
 
 def interval(values) -> tuple[float, float]:
@@ -97,7 +99,7 @@ def compare(rows: list[dict], metrics: tuple[str, ...], against: str, case: str,
     cells = {(str(r[case]), r["method"], int(r[unit])): [float(r[m]) for m in metrics] for r in rows}
     for name in dict.fromkeys(n for n, _, _ in cells):
         units = sorted({u for n, _, u in cells if n == name})
-        methods = list(dict.fromkeys(m for n, m, _ in cells if n == name))
+        methods = [against, *dict.fromkeys(m for n, m, _ in cells if n == name and m != against)]
         table = {m: np.array([cells[name, m, u] for u in units]) for m in methods}
         print(f"\n{name}: means over {len(units)} {unit}s; differences to {against} with 95 % t-intervals")
         print(f"{'':16}" + "".join(f"{m:>12}{'difference':>22}" for m in metrics))
@@ -268,6 +270,16 @@ def make_trainer(method: str, network: MLP, model, rows: int, steps: int, anchor
     return {"anchored": anchored, "SVGD": by_svgd}.get(method, by_kernel)
 
 
+def settle(train: Trainer, keys, data: tuple, rates) -> tuple[dict, float]:
+    """End points at the first of some rates, from the largest on, at which no particle of any lane diverges: no
+    coordinate, log noise scales among them, is beyond 20, where that of a prior is N(0, 1) or narrower."""
+    for rate in sorted(rates, reverse=True):
+        z = train(keys, data, [rate] * len(keys))
+        if all(bool(jnp.all(jnp.abs(w) < 20)) for w in z.values()):
+            break
+    return z, rate
+
+
 # ---- force ----------------------------------------------------------------------------------------------------------
 
 
@@ -414,15 +426,15 @@ GAP = (2.5, 4.5)
 
 
 def gap(quick: bool) -> None:
-    seeds, particles, steps = (2, 5, 400) if quick else (5, 30, 20_000)
+    seeds, particles, steps = (2, 5, 400) if quick else (3, 20, 8000)
     network, noise = MLP((10, 10), nn.tanh), 0.25
     data = []
     for seed in range(seeds):
         rng = np.random.default_rng(seed)
         x = np.where(rng.random(90) < 1 / 2.5, rng.uniform(1.5, 2.5, 90), rng.uniform(4.5, 6, 90))
-        data.append((x[:, None] - 3.5, (x * np.sin(x) + noise * rng.normal(size=90)) / 2))
+        data.append((x[:, None] - 3.5, x * np.sin(x) + noise * rng.normal(size=90)))
     data = tuple(jnp.asarray(np.stack(a), jnp.float32) for a in zip(*data, strict=True))
-    model = make_network(network, noise=noise / 2)
+    model = make_network(network, noise=noise)
     keys = jnp.stack([random.split(random.key(seed), particles) for seed in range(seeds)])
     anchor = jnp.linspace(-4, 4, 40)[:, None]  # x from -.5 to 7.5
     inside = jnp.broadcast_to(jnp.linspace(*GAP, 41)[None, :, None] - 3.5, (seeds, 41, 1))
@@ -430,8 +442,8 @@ def gap(quick: bool) -> None:
     for method in list(METHODS)[:-1]:
         begin = time.perf_counter()
         train = make_trainer(method, network, model, 90, steps, anchor)
-        found[method] = train(keys, data, [3e-3] * seeds)
-        print(f"  gap, {method}: {time.perf_counter() - begin:.0f} s", flush=True)
+        found[method], rate = settle(train, keys, data, (5e-4, 1e-3, 2e-3, 4e-3))
+        print(f"  gap, {method}: rate {rate:g}, {time.perf_counter() - begin:.0f} s", flush=True)
     nuts = []
     for seed in range(seeds):
         short = 20 if quick else 200
@@ -446,8 +458,10 @@ def gap(quick: bool) -> None:
             spread = {"gap": between[seed].std(0).mean(), "data": on[seed].std(0).mean()}
             error = np.sqrt(np.mean((on[seed].mean(0) - np.asarray(data[1][seed])) ** 2))
             row = {"case": "gap", "method": method, "seed": seed}
-            row |= {f"sd_{k}": round(2 * v, 4) for k, v in spread.items()}
-            rows.append(row | {"ratio": round(spread["gap"] / spread["data"], 3), "rmse_data": round(2 * error, 4)})
+            row |= {f"sd_{k}": round(float(v), 4) for k, v in spread.items()}
+            rows.append(
+                row | {"ratio": round(float(spread["gap"] / spread["data"]), 3), "rmse_data": round(float(error), 4)}
+            )
     write("gap", rows)
     compare(rows, ("sd_gap", "sd_data", "ratio", "rmse_data"), "DE", "case", "seed")
 
@@ -458,6 +472,7 @@ UCI = ("yacht", "energy", "concrete", "wine_red")
 PARTICLES, STEPS, TRIALS = 5, 1000, 10
 RATES = np.geomspace(0.02, 0.8, TRIALS)
 RATES_OF_ADAM = np.geomspace(1e-3, 0.1, TRIALS)
+UCI_METHODS = (*METHODS, "SVGD")
 METRICS = ("nll", "rmse", "crps", "sd")
 
 
@@ -528,43 +543,36 @@ def judge(network: MLP, z: dict, data: Split) -> list[dict[str, float]]:
     return found
 
 
-def uci(names: list[str], splits: int, quick: bool) -> None:
+def uci(names: list[str], methods: list[str], splits: int, quick: bool) -> None:
     network = MLP((50,))
     model, steps = make_network(network, batch=100), 40 if quick else STEPS
     for name in names:
         data, fold = load(name, splits)
         rows, columns = data.x.shape[1:]
         anchor = 2 * random.normal(random.key(5), (32, columns))  # wider than the data, whose scale is 1
-        table, trials = [], []
-        for method in (*METHODS, "SVGD"):
+        for method in methods:
             begin, grid = time.perf_counter(), RATES_OF_ADAM if method in ("DE, Adam", "SVGD") else RATES
             train = make_trainer(method, network, model, rows, steps, anchor, {"sigma": 0.0})
 
-            def run(data, rates, keys):
-                return judge(network, train(keys, tuple(map(jnp.asarray, data[:2])), rates), data)  # noqa: B023
-
             alike = jnp.broadcast_to(random.split(random.key(1), PARTICLES), (TRIALS, PARTICLES))
-            nll = [row["nll"] if math.isfinite(row["nll"]) else math.inf for row in run(fold, grid, alike)]
-            best = int(np.argmin(nll))
-            keys = random.split(random.key(0), (splits, PARTICLES))
-            found = run(data, [grid[best]] * splits, keys)
-            while best and not all(math.isfinite(row["nll"]) for row in found):
-                best -= 1
-                found = run(data, [grid[best]] * splits, keys)
+            trial = judge(network, train(alike, tuple(map(jnp.asarray, fold[:2])), grid), fold)
+            nll = [row["nll"] if math.isfinite(row["nll"]) else math.inf for row in trial]
+            keys, best = random.split(random.key(0), (splits, PARTICLES)), int(np.argmin(nll))
+            z, rate = settle(train, keys, tuple(map(jnp.asarray, data[:2])), grid[: best + 1])
+            found = judge(network, z, data)
             label = {"data": name, "method": method}
-            trials += [label | {"rate": f"{r:.2e}", "nll": round(v, 4)} for r, v in zip(grid, nll, strict=True)]
-            for split, row in enumerate(found):
-                label |= {"split": split, "rate": f"{grid[best]:.2e}"}
-                table.append(label | {k: round(v, 5) for k, v in row.items()})
+            trials = [label | {"rate": f"{r:.2e}", "nll": round(v, 4)} for r, v in zip(grid, nll, strict=True)]
+            write("uci_trials", trials, ("data", "method", "rate"))
+            label |= {"rate": f"{rate:.2e}"}
+            rounded = [label | {"split": n} | {k: round(v, 5) for k, v in row.items()} for n, row in enumerate(found)]
+            table = write("uci", rounded, ("data", "method", "split"))
             edge = " AT THE EDGE" if best in (0, len(grid) - 1) else ""
             print(
-                f"  {name}, {method}: rate {grid[best]:.2e}{edge}, NLL of trials {' '.join(f'{v:.2f}' for v in nll)};"
+                f"  {name}, {method}: rate {rate:.2e}{edge}, NLL of trials {' '.join(f'{v:.2f}' for v in nll)};"
                 f" test NLL {np.mean([r['nll'] for r in found]):.3f}, {time.perf_counter() - begin:.0f} s",
                 flush=True,
             )
-        write("uci", table, ("data", "method", "split"))
-        write("uci_trials", trials, ("data", "method", "rate"))
-        compare(table, METRICS, "DE", "data", "split")
+        compare([row for row in table if row["data"] == name], METRICS, "DE", "data", "split")
     print("\nThe training rows of splits overlap, so that the intervals are too short; each metric has 28 of them.")
 
 
@@ -762,6 +770,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS[:-1])
     parser.add_argument("--data", nargs="+", choices=UCI, default=list(UCI), help="which data sets of uci")
+    parser.add_argument("--methods", nargs="+", choices=UCI_METHODS, default=UCI_METHODS, help="which methods of uci")
     parser.add_argument("--splits", type=int, default=10, help="splits of uci")
     parser.add_argument("--rounds", type=int, default=7, help="rounds of speed")
     parser.add_argument("--quick", action="store_true", help="a smoke run, with tables in --out alone")
@@ -773,7 +782,7 @@ def main():
     for text in EXPECTED_WARNINGS:
         warnings.filterwarnings("ignore", f"WGFEnsemble: {text}")
     calls = {
-        "uci": lambda: uci(args.data, args.splits, args.quick),
+        "uci": lambda: uci(args.data, args.methods, args.splits, args.quick),
         "speed": lambda: speed(args.rounds, args.quick),
     }
     for part in args.parts:
