@@ -463,7 +463,8 @@ def gap(quick: bool) -> None:
                 row | {"ratio": round(float(spread["gap"] / spread["data"]), 3), "rmse_data": round(float(error), 4)}
             )
     write("gap", rows)
-    compare(rows, ("sd_gap", "sd_data", "ratio", "rmse_data"), "DE", "case", "seed")
+    for against in ("DE", "NUTS"):
+        compare(rows, ("sd_gap", "sd_data", "ratio", "rmse_data"), against, "case", "seed")
 
 
 # ---- UCI ------------------------------------------------------------------------------------------------------------
@@ -572,7 +573,9 @@ def uci(names: list[str], methods: list[str], splits: int, quick: bool) -> None:
                 f" test NLL {np.mean([r['nll'] for r in found]):.3f}, {time.perf_counter() - begin:.0f} s",
                 flush=True,
             )
-        compare([row for row in table if row["data"] == name], METRICS, "DE", "data", "split")
+        table = [row for row in table if row["data"] == name]
+        compare(table, METRICS, "DE", "data", "split")
+        compare([row for row in table if "L" in row["method"]], METRICS, "DLE", "data", "split")
     print("\nThe training rows of splits overlap, so that the intervals are too short; each metric has 28 of them.")
 
 
