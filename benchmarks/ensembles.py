@@ -575,7 +575,7 @@ def uci(names: list[str], methods: list[str], splits: int, quick: bool) -> None:
             )
         table = [row for row in table if row["data"] == name]
         compare(table, METRICS, "DE", "data", "split")
-        compare([row for row in table if "L" in row["method"]], METRICS, "DLE", "data", "split")
+        compare([row for row in table if "LE" in row["method"]], METRICS, "DLE", "data", "split")
     print("\nThe training rows of splits overlap, so that the intervals are too short; each metric has 28 of them.")
 
 
