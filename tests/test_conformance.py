@@ -273,7 +273,7 @@ def test_x64(kernel):
     made = partial(kernel.make, model, step_size=1e-2, temperature=0.5, steps_per_draw=3)
     with jax.enable_x64(True):
         for preconditioner, dtype in ((None, jnp.float64), (bdl.preconditioners.rms(), jnp.float32)):
-            start = {"w": jnp.arange(6.0).reshape(2, 3).astype(dtype)}
+            start = {"w": 0.1 * jnp.arange(6.0, dtype=dtype).reshape(2, 3)}
             mcmc = run(made(preconditioner=preconditioner), jnp.ones(8, dtype), batch_size=4, init_params=start)
             assert mcmc.last_state.z["w"].dtype == jnp.float64
 
