@@ -14,10 +14,9 @@ mean of the variances     :math:`\frac1S \sum_s \sigma_s^2`           aleatoric
 variance of the means     :math:`\text{Var}_s \, \mu_s`               epistemic
 ========================  ==========================================  ==============================================
 
-H is :math:`H[p] = -\sum_c p_c \log p_c`, in nats; :math:`p_s`, or
-:math:`\mu_s` and :math:`\sigma_s^2`, is what draw s predicts for a row. What is called
-aleatoric or epistemic here is so under the model and these draws: an ensemble that agrees far from the data has no
-epistemic uncertainty there, and a model that is wrong puts its error into the noise.
+H is :math:`H[p] = -\sum_c p_c \log p_c`, in nats; :math:`p_s`, or :math:`\mu_s` and :math:`\sigma_s^2`, is what draw s
+predicts for a row. What is called aleatoric or epistemic here is so under the model and these draws: an ensemble that
+agrees far from the data has no epistemic uncertainty there, and a model that is wrong puts its error into the noise.
 
 Source: Depeweg et al., *Decomposition of uncertainty in Bayesian deep learning for efficient and risk-sensitive
 learning*, ICML 2018.
