@@ -429,6 +429,12 @@ def test_detection_is_that_of_scikit_learn(case):
     )
 
 
+def test_a_true_positive_rate_of_exactly_95_percent_is_enough():
+    outside = np.append(np.full(19, 2.0), 0.0)
+    assert detection.out_of_distribution([1.0, 1.0], outside).fpr95 == 0
+    assert detection.out_of_distribution([1.0, 1.0], outside[1:]).fpr95 == 1
+
+
 def test_a_constant_score_is_chance():
     found = detection.out_of_distribution(np.zeros(30), np.zeros(10))
     assert found == pytest.approx((0.5, 0.25, 1, 0.25))
