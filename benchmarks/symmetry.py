@@ -49,7 +49,7 @@ from scipy.stats import norm
 from scipy.stats import t as student
 
 import numpyro_bdl as bdl
-from numpyro_bdl import diagnostics, symmetry
+from numpyro_bdl import diagnostics, metrics, symmetry
 from numpyro_bdl.potential import Potential
 
 RESULTS = Path(__file__).parent / "results"
@@ -162,8 +162,7 @@ class Draws(NamedTuple):
 
 def lppd(log_density: np.ndarray) -> tuple[float, float]:
     """LPPD of the mixture of all draws, and its standard error over test rows."""
-    rows = log_density.reshape(-1, log_density.shape[-1])
-    rows = logsumexp(rows, 0) - math.log(len(rows))
+    rows = metrics.log_predictive_density(log_density.reshape(1, -1, log_density.shape[-1]))
     return float(rows.mean()), float(rows.std(ddof=1) / math.sqrt(len(rows)))
 
 
@@ -415,7 +414,7 @@ def score(widths, draws: Draws, data: Data) -> dict[str, Any]:
         "draws": draws.sigma.shape[1],
         "lppd": round(value, 4),
         "lppd_se_rows": round(error, 4),
-        "rmse": round(float(np.sqrt(np.mean((mean - data.y_test) ** 2))), 4),
+        "rmse": round(metrics.rmse(mean, data.y_test), 4),
     }
 
 

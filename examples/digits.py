@@ -32,11 +32,10 @@ from numpyro.handlers import seed, substitute, trace
 from numpyro.infer import MCMC, SVI, Trace_ELBO, init_to_sample
 from numpyro.infer.autoguide import AutoDelta
 from sklearn.datasets import load_digits
-from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import train_test_split
 
 import numpyro_bdl as bdl
-from numpyro_bdl import metrics, plots
+from numpyro_bdl import detection, metrics, plots, uncertainty
 
 parser = argparse.ArgumentParser(description="Compare the kernels on scikit-learn's digits.")
 parser.add_argument("--quick", action="store_true", help="a smoke run: one network, few steps")
@@ -187,7 +186,7 @@ def judge(fit):
         "accuracy": metrics.accuracy(known, labels),
         "NLL": metrics.negative_log_likelihood(known, labels),
         "ECE": metrics.expected_calibration_error(known, labels),
-        "AUROC 8-9": roc_auc_score(is_out, metrics.predictive_entropy(probabilities)),
+        "AUROC 8-9": detection.auroc(uncertainty.predictive_entropy(probabilities), is_out),
         "worst R-hat": float(az.rhat(fit.tree, group="functions")["y"].max()) if fit.tree else "",
         "gradients": fit.gradients,
         "seconds": fit.seconds,
@@ -208,7 +207,7 @@ for (network_name, network), (left, middle, right) in zip(NETWORKS.items(), axes
         row, probabilities = judge(fit)
         table.append({"network": network_name, "method": name, **row})
         plots.reliability(probabilities[~is_out], y_test[~is_out], ax=left, label=name, bins=5)
-        entropies[name], trees[name] = metrics.predictive_entropy(probabilities), fit.tree
+        entropies[name], trees[name] = uncertainty.predictive_entropy(probabilities), fit.tree
         if fit.tree:
             fit.tree.to_netcdf(options.output / f"{network_name}-{name}.nc".lower().replace(" ", "-"))
     inside, outside = ({name: entropy[rows] for name, entropy in entropies.items()} for rows in (~is_out, is_out))

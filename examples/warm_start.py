@@ -24,7 +24,6 @@ import numpyro.distributions as dist
 import optax
 from flax import linen as nn
 from jax import random
-from jax.scipy.special import logsumexp
 from numpyro.contrib.module import random_flax_module
 from numpyro.infer import MCMC, NUTS
 
@@ -90,13 +89,12 @@ for ax, (name, where, before) in zip(
     mcmc, seconds = sample(where)
     fields = mcmc.get_extra_fields(group_by_chain=True)
     predictive = bdl.PosteriorPredictive(mcmc)
-    log_likelihood = predictive.log_likelihood(x_test, y_test)["y"].reshape(-1, len(x_test))
     rhat = az.rhat(bdl.to_datatree(mcmc), group="functions")["y"]
     table.append(
         {
             "chains start": name,
             "first energy": float(fields["potential_energy"][:, 0].mean()),
-            "LPPD": float(np.mean(logsumexp(log_likelihood, 0) - np.log(len(log_likelihood)))),
+            "LPPD": bdl.metrics.lppd(predictive.log_likelihood(x_test, y_test)["y"]),
             "median R-hat": float(rhat.median()),
             "worst R-hat": float(rhat.max()),
             "seconds": before + seconds,

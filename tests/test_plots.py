@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from matplotlib.colors import to_hex
 
-from numpyro_bdl import metrics, plots
+from numpyro_bdl import metrics, plots, uncertainty
 from numpyro_bdl.symmetry import functional_modes
 
 RNG = np.random.default_rng(0)
@@ -85,7 +85,7 @@ def test_reliability_refuses_nan():
 
 
 def test_entropy_histogram_draws_the_shares_of_the_rows():
-    entropy = metrics.predictive_entropy(PROBABILITIES)
+    entropy = uncertainty.predictive_entropy(PROBABILITIES)
     inside, outside = {"MAP": entropy[:120], "SGLD": entropy[:80]}, {"MAP": entropy[120:], "SGLD": entropy[150:]}
     ax = plots.entropy_histogram(inside, outside, bins=8)
     edges = np.linspace(0, entropy.max(), 9)
