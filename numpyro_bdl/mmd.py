@@ -212,13 +212,25 @@ class Discrepancy:
         kernel, prior = self.kernel, self.prior
         squared = jnp.ones(())
         if isinstance(kernel, _Radial):
-            squared = _half_median(ensemble) if kernel.bandwidth == ROLLING else jnp.square(kernel.bandwidth)
+            squared = _rolling(ensemble) if kernel.bandwidth == ROLLING else jnp.square(kernel.bandwidth)
             mean = lambda others: kernel.mean(features, others, squared)
         else:
+            _check_number(kernel, features)
             mean = lambda others: jax.vmap(kernel, (None, 0))(features, others).mean()
         if isinstance(prior, Gaussian) and isinstance(kernel, (RBF, Linear)):
             return mean(ensemble), kernel.gaussian_mean(features, prior, squared)
         return mean(ensemble), mean(prior.points) if isinstance(prior, Draws) else jnp.zeros(())
+
+
+def _check_number(kernel: Callable, features: Array) -> None:
+    shape = jax.eval_shape(kernel, features, features).shape
+    if shape:
+        raise ValueError(f"A kernel must give a number for two vectors of features, got an array of shape {shape}.")
+
+
+def _rolling(ensemble: Array) -> Array:
+    """The squared bandwidth of the particles, above 0 if they are in one place."""
+    return jnp.maximum(_half_median(ensemble), jnp.finfo(ensemble.dtype).tiny)
 
 
 FEW = 32

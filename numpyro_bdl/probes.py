@@ -226,6 +226,8 @@ def function_of(potential: Potential, inputs: tuple | None = None, rows: int = 6
     :return: A function of ``(z, mutable)``; its values ``(d,)`` hold all points and outputs.
     :raises ValueError: if the model can't be evaluated at the inputs, or has no natural parameter that is known.
     """
+    if not potential.observed:
+        raise ValueError("The model has no observed site.")
     sizes = {name: plate.size for name, plate in potential.plates.items()}
     plate = potential.data_plate(sizes)
     some = (
@@ -252,7 +254,7 @@ def function_of(potential: Potential, inputs: tuple | None = None, rows: int = 6
             jax.eval_shape(function, *start)
         except Exception as error:
             shapes = ", ".join(str(np.shape(x)) for x in jax.tree.leaves(inputs))
-            raise ValueError(f"The model can't be called with inputs of shapes {shapes}: {error}") from error
+            raise ValueError(f"The model can't be evaluated at inputs of shapes {shapes}: {error}") from error
         return function
     every = at(own, {})
     whole = jax.eval_shape(every, *start).size

@@ -68,13 +68,18 @@ def make_repulsion(
     where = where or ("function" if potential.network or anchor_inputs is not None else "weights")
     with jax.ensure_compile_time_eval():
         if where == "function":
-            function = function_of(potential, anchor_inputs)
+            try:
+                function = function_of(potential, anchor_inputs)
+            except ValueError as error:
+                raise ValueError(
+                    f'No repulsion by the function of the model: {error} Or give repulsion="weights".'
+                ) from error
             features = lambda z, mutable: {"function": function(z, mutable)}
             priors = _drawn(potential, features, draws)
         else:
             features = _weights(potential, per_site)
             priors = (has_closed_form(kernel) and _gaussian(potential, features)) or _drawn(potential, features, draws)
-    return Repulsion(features, {block: Discrepancy(kernel, prior) for block, prior in priors.items()})
+        return Repulsion(features, {block: Discrepancy(kernel, prior) for block, prior in priors.items()})
 
 
 def _weights(potential: Potential, per_site: bool) -> Features:
@@ -114,6 +119,6 @@ def warn_if_inert(ratio: Array) -> None:
         warnings.warn(
             f"WGFEnsemble: the repulsion is {median:.1e} of the drift of the prior, next to nothing. In many dimensions"
             " a kernel on weights acts only at their scale: take a larger mmd, the kernel's own bandwidth and scale, or"
-            ' repulsion="function".',
+            ' repulsion="function"; particles in one place have to start apart.',
             stacklevel=3,
         )

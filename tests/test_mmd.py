@@ -130,6 +130,11 @@ def test_a_rolling_bandwidth_is_that_of_the_particles():
     np.testing.assert_allclose(one, other, rtol=1e-4)
 
 
+def test_a_rolling_bandwidth_of_particles_in_one_place():
+    gradient = jax.grad(lambda t: Discrepancy(RBF("rolling"), None)(t, jnp.ones((4, 2)))[0])(jnp.ones(2))
+    np.testing.assert_array_equal(gradient, 0)
+
+
 def test_bad_input():
     for kernel in (RBF, IMQ, Energy):
         for bad in ({"bandwidth": 0}, {"bandwidth": -1.0}, {"bandwidth": "wide"}, {"scale": 0.0}):

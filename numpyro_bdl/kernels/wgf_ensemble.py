@@ -31,7 +31,7 @@ from jax import Array, random
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from numpyro.util import is_prng_key
 
-from numpyro_bdl._checks import check_choice, check_integer, check_number
+from numpyro_bdl._checks import check_choice, check_finite_data, check_integer, check_number
 from numpyro_bdl._chunks import in_chunks
 from numpyro_bdl.kernels.base import CHAINS, SGState, StochasticGradientKernel
 from numpyro_bdl.kernels.sgld import sgld_step
@@ -91,24 +91,25 @@ class WGFEnsemble(StochasticGradientKernel):
 
     :param kl: :math:`\lambda_2 \ge 0`.
     :param mmd: :math:`\lambda_1 \ge 0`; 0 has no repulsion, no communication between particles, and no use for the
-        arguments that concern it. The kernel is
-        multiplied by the number of features it compares (:mod:`numpyro_bdl.mmd`), so that about ``kl`` is a force
-        comparable to the prior's.
+        arguments that concern it. A radial kernel is multiplied by the number of features that it compares
+        (:mod:`numpyro_bdl.mmd`), so that about ``kl`` is a force comparable to the prior's.
     :param langevin: Add the noise. Without it a weight of ``kl`` remains as weight decay.
-    :param optimizer: Any optax transformation, in place of ``step_size`` and ``preconditioner``; only without noise,
-        which it would turn into noise of another law.
+    :param optimizer: Any optax transformation of gradients, in place of ``step_size`` and ``preconditioner``; only
+        without noise, which it would turn into noise of another law.
     :param step_size: See :class:`~numpyro_bdl.kernels.base.StochasticGradientKernel`.
     :param kernel: :class:`~numpyro_bdl.mmd.RBF` (None), :class:`~numpyro_bdl.mmd.IMQ`,
         :class:`~numpyro_bdl.mmd.Energy`, :class:`~numpyro_bdl.mmd.Linear`, or a callable from two vectors to a number.
     :param repulsion: ``"function"`` compares particles by the function of the model at ``anchor_inputs``,
         ``"weights"`` by their positions in unconstrained space; None is the first if the model has a network.
-    :param anchor_inputs: A tuple of arguments of the model. None takes 64 rows of the data, where the repulsion works
-        against the likelihood: inputs off the data are a better choice.
+    :param anchor_inputs: A tuple of arguments of the model; those not given have their defaults. None takes 64 rows of
+        the data (all, if the model does not take its rows through its plate), where the repulsion works against the
+        likelihood: inputs off the data are a better choice.
     :param per_site: With ``repulsion="weights"``, a kernel with a bandwidth of its own for each latent site; their sum
         is the kernel.
     :param prior_draws: Fixed draws from the prior for bandwidth and :math:`\mu_P`, where these have no closed form.
     :param particle_chunk: How many particles take their gradients at a time, if memory is short; None for all.
-    :param devices: Devices over which the particles are spread; their number divides that of the particles.
+    :param devices: Devices over which the particles are spread; their number divides that of the particles. A pickle
+        of the kernel is without them.
     :param share_batch: Give all particles the same minibatches, as by default.
 
     The other arguments are those of :class:`~numpyro_bdl.kernels.base.StochasticGradientKernel`, but for
@@ -184,7 +185,9 @@ class WGFEnsemble(StochasticGradientKernel):
         self._where, self._anchor_inputs, self._per_site = repulsion, anchor_inputs, bool(per_site)
         self._check_repulsion()
         self._prior_draws, self._particle_chunk = prior_draws, particle_chunk
-        self._devices = None if devices is None else list(devices)
+        if devices is not None and not (isinstance(devices, Sequence) and devices):
+            raise TypeError(f"{owner}: devices must be a list of devices, as jax.devices(), got {devices!r}.")
+        self._devices = devices
 
     def _check_optimizer(self, optimizer) -> None:
         if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
@@ -200,14 +203,16 @@ class WGFEnsemble(StochasticGradientKernel):
     def _check_repulsion(self) -> None:
         if self._where is not None:
             check_choice("WGFEnsemble", "repulsion", self._where, ("function", "weights"))
-        if not (callable(self._mmd_kernel) or isinstance(self._mmd_kernel, KERNELS)):
+        kernel = self._mmd_kernel
+        if isinstance(kernel, type) or not (callable(kernel) or isinstance(kernel, KERNELS)):
             raise TypeError(
                 "WGFEnsemble: kernel must be of numpyro_bdl.mmd, as mmd.RBF(), or a callable from two vectors to a"
-                f" number, got {self._mmd_kernel!r}."
+                f" number, got {kernel!r}."
             )
         if self._anchor_inputs is not None:
             if not isinstance(self._anchor_inputs, tuple):
                 raise TypeError("WGFEnsemble: anchor_inputs is a tuple of arguments of the model, as (x_anchor,).")
+            check_finite_data({"anchor_inputs": self._anchor_inputs}, "WGFEnsemble: ")
             if self._where == "weights":
                 raise ValueError('WGFEnsemble: anchor_inputs has no use with repulsion="weights".')
         if self._per_site and self._where != "weights":
@@ -249,11 +254,19 @@ class WGFEnsemble(StochasticGradientKernel):
         # the network is not evaluated: of the energies only the prior is used
         prior = lambda z: potential.energies(z, rows, random.key(0), mutable, potential.args, potential.kwargs)[0].prior
         drift, force = optax.tree.norm(jax.grad(prior)(z)) * (self._kl or 1.0), self._mmd * optax.tree.norm(repulsion)
-        return jnp.where(force > 0, force / drift, 0)
+        return jnp.where(force == 0, 0, force / drift)
 
     def _init_fields(self, rng_key, z, warmup_steps):
         optimizer = () if self._optimizer is None else self._optimizer.init(z)
         return {"optimizer": optimizer, "repulsion_ratio": jnp.zeros((), self._dtype), "particle_key": rng_key}
+
+    def _meet_traced(self, args, kwargs):
+        if self._mmd:
+            raise ValueError(
+                "WGFEnsemble: a repulsion is made for the arguments with which a run begins, from which it has anchors,"
+                " bandwidth and draws of the prior; with jit_model_args=True others could follow. Use"
+                " jit_model_args=False."
+            )
 
     # ---- NumPyro's contract -------------------------------------------------------------------------------------
 
@@ -335,4 +348,4 @@ class WGFEnsemble(StochasticGradientKernel):
 
     def __getstate__(self):
         state = super().__getstate__()
-        return {k: v for k, v in state.items() if k not in ("_repulsion", "_first_ratio")}
+        return {k: v for k, v in state.items() if k not in ("_repulsion", "_first_ratio")} | {"_devices": None}

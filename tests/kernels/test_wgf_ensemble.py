@@ -453,6 +453,16 @@ def test_keys_pickle_and_a_second_run():
     assert not np.array_equal(typed, run(kernel, 3 + jnp.ones(3)).get_samples()["mu"])
 
 
+def test_resume_on_other_data_repels_by_these():
+    kernel = bdl.WGFEnsemble(_normal_rows, step_size=0.01, mmd=1.0, repulsion="function")
+    mcmc = run(kernel, jnp.ones(4))
+    mcmc.post_warmup_state = mcmc.last_state
+    mcmc.run(random.key(1), jnp.ones(6))
+    (rule,) = kernel._repulsion.discrepancies.values()
+    assert rule.prior.points.shape == (200, 6)
+    assert np.isfinite(mcmc.get_samples()["mu"]).all()
+
+
 def _normal(y):
     mu = numpyro.sample("mu", dist.Normal(0, 1))
     numpyro.sample("y", dist.Normal(mu, 1), obs=y)
@@ -473,6 +483,8 @@ def test_a_particle_that_breaks_is_marked_and_said():
     draws = np.asarray(mcmc.get_samples(group_by_chain=True)["t"])
     assert np.isnan(draws[1]).all()
     assert np.isfinite(draws[[0, 2, 3]]).all()
+    broken = run(bdl.WGFEnsemble(wells, step_size=0.01, mmd=1.0), init_params=start)
+    assert np.isnan(broken.get_extra_fields(group_by_chain=True)["repulsion_ratio"][:, 1:]).all()
     assert "1 PARTICLES NOT FINITE" in mcmc.sampler.get_diagnostics_str(mcmc.last_state)
 
 
@@ -518,6 +530,10 @@ def _normal_rows(y):
         ({"step_size": 0.1, "temperature": 0.5}, TypeError, "no temperature"),
         ({"step_size": 0.1, "repulsion": "outputs"}, ValueError, "repulsion must be one of"),
         ({"step_size": 0.1, "kernel": 3}, TypeError, "numpyro_bdl.mmd"),
+        ({"step_size": 0.1, "kernel": mmd.RBF}, TypeError, "numpyro_bdl.mmd"),
+        ({"step_size": 0.1, "anchor_inputs": (np.full((2, 3), np.nan),)}, ValueError, "NaN or infinite"),
+        ({"step_size": 0.1, "devices": 2}, TypeError, "list of devices"),
+        ({"step_size": 0.1, "devices": []}, TypeError, "list of devices"),
         ({"step_size": 0.1, "anchor_inputs": X}, TypeError, "tuple of arguments"),
         ({"step_size": 0.1, "anchor_inputs": (X,), "repulsion": "weights"}, ValueError, "no use"),
         ({"step_size": 0.1, "per_site": True}, ValueError, "per_site goes with"),
@@ -548,8 +564,16 @@ def test_bad_runs():
 
     with pytest.raises(TypeError, match="discrete"):
         run(bdl.WGFEnsemble(discrete, step_size=0.1))
-    with pytest.raises(ValueError, match=r"can't be called with inputs of shapes \(5, 7\)"):
+    with pytest.raises(ValueError, match=r"can't be evaluated at inputs of shapes \(5, 7\)"):
         network_run(mmd=1.0, anchor_inputs=(jnp.ones((5, 7)),))
+    with pytest.raises(ValueError, match="no observed site.*repulsion=.weights"):
+        run(bdl.WGFEnsemble(wells, step_size=0.1, mmd=1.0, repulsion="function"))
+    with pytest.raises(ValueError, match=r"must give a number .* shape \(1,\)"):
+        run(bdl.WGFEnsemble(wells, step_size=0.1, mmd=1.0, kernel=lambda a, b: a * b))
+    traced = MCMC(bdl.WGFEnsemble(_normal, step_size=0.1, mmd=1.0), num_warmup=0, num_samples=2, num_chains=2,
+                  chain_method="vectorized", jit_model_args=True)  # fmt: skip
+    with pytest.raises(ValueError, match="jit_model_args=False"):
+        traced.run(random.key(0), jnp.ones(3))
     with pytest.raises(ValueError, match="3 particles can't be spread evenly over 2 devices"):
         network_run(particles=3, devices=jax.devices()[:2])
 
