@@ -228,9 +228,16 @@ def test_networks_move_and_keep_their_mutable_collections(kernel, network):
 
 
 @every_state
-@pytest.mark.parametrize(("network", "num_chains"), [("linen", 1), ("linen with BatchNorm and dropout", 2)])
-def test_resume_equals_an_uninterrupted_run(kernel, network, num_chains):
-    num_chains = max(num_chains, kernel.fewest_chains)
+def test_resume_equals_an_uninterrupted_run(kernel):
+    assert_resumes(kernel, "linen", kernel.fewest_chains)
+
+
+@every_class
+def test_resume_with_mutable_collections_and_dropout(kernel):
+    assert_resumes(kernel, "linen with BatchNorm and dropout", 2)
+
+
+def assert_resumes(kernel, network, num_chains):
     whole = network_run(kernel, network, num_chains=num_chains, num_samples=12)
     parts = shared_run(kernel, network, num_chains=num_chains)
     first = parts.get_samples(group_by_chain=True)
