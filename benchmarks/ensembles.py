@@ -63,8 +63,8 @@ from scipy.stats import t as student
 import numpyro_bdl as bdl
 from numpyro_bdl import mmd, preconditioners
 from numpyro_bdl.kernels.base import CHAINS
-from numpyro_bdl.kernels.wgf_ensemble import repulsion_and_attraction
 from numpyro_bdl.noise import normal
+from numpyro_bdl.repulsion import repulsion_and_attraction
 
 RESULTS = Path(__file__).parent / "results"
 EXPECTED_WARNINGS = ("the repulsion is", "the prior of")  # inert by design in force and uci, flat in control
@@ -694,7 +694,7 @@ def speed_runners(case: Case, particles: int) -> dict[str, Callable[[int], Any]]
     def pairs(method):
         kernel = make(method)
         kernel.init(keys, 0, None, case.args, {})
-        forces = jax.vmap(lambda z: repulsion_and_attraction(z, {}, kernel._repulsion), axis_name=CHAINS)
+        forces = jax.vmap(lambda z: repulsion_and_attraction(z, {}, kernel._repulsion, CHAINS), axis_name=CHAINS)
         return loop(lambda z, key, args: jax.tree.map(lambda w, r, p: w - SIZE * (r - p), z, *forces(z)))
 
     def through_mcmc(method):
