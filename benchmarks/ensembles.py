@@ -61,7 +61,7 @@ from scipy.stats import norm
 from scipy.stats import t as student
 
 import numpyro_bdl as bdl
-from numpyro_bdl import mmd, preconditioners
+from numpyro_bdl import metrics, mmd, preconditioners
 from numpyro_bdl.kernels.base import CHAINS
 from numpyro_bdl.noise import normal
 from numpyro_bdl.repulsion import repulsion_and_attraction
@@ -517,16 +517,6 @@ def load(name: str, splits: int) -> tuple[Split, Split]:
     return tuple(Split(*map(np.stack, zip(*some, strict=True))) for some in (splits, [fold] * TRIALS))
 
 
-def crps(mean, sigma, y) -> np.ndarray:
-    """Of a mixture of normal laws with equal weights, mean (particle, row), sigma (particle, 1), of each row."""
-
-    def distance(m, s):
-        return 2 * s * norm.pdf(m / s) + m * (2 * norm.cdf(m / s) - 1)
-
-    pairs = distance(mean[:, None] - mean[None], np.sqrt(sigma[:, None] ** 2 + sigma[None] ** 2))
-    return distance(y - mean, sigma).mean(0) - pairs.mean((0, 1)) / 2
-
-
 def judge(network: MLP, z: dict, data: Split) -> list[dict[str, float]]:
     """Of each split, in the units of the data; the predictive is the mixture of the particles with their noise."""
     means, sigmas = functions(network, z, jnp.asarray(data.x_test)), np.exp(np.asarray(z["sigma"], float))
@@ -536,7 +526,7 @@ def judge(network: MLP, z: dict, data: Split) -> list[dict[str, float]]:
         values = {
             "nll": np.log(scale) - log_density.mean(),
             "rmse": scale * np.sqrt(np.mean((mean.mean(0) - y) ** 2)),
-            "crps": scale * crps(mean, sigma, y).mean(),
+            "crps": scale * metrics.crps_gaussian_mixture(mean[None], sigma[None], y),
             "sd": scale * mean.std(0).mean(),
             "noise": scale * sigma.mean(),
         }

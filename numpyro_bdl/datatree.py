@@ -59,7 +59,7 @@ def to_datatree(
     :param data_chunk: Rows per chunk of evaluation, as of :class:`~numpyro_bdl.PosteriorPredictive`.
     :param model_kwargs: Keyword arguments of the model that are to differ from those of the run, as ``train=False``.
     :return: A DataTree. Its attributes tell the kernel, its temperature if it is fixed, whether chains shared their
-        minibatches, and which chains turned bad at which step.
+        minibatches, the weights ``kl`` and ``mmd`` of an ensemble, and which chains turned bad at which step.
     :raises ValueError: for a run without draws, or what :class:`~numpyro_bdl.PosteriorPredictive` refuses.
 
     **Example**

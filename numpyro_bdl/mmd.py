@@ -24,6 +24,7 @@ Source: Gretton et al., *A kernel two-sample test*, JMLR 2012; Wild et al., *A r
 (variational) Bayesian methods*, NeurIPS 2023.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -40,7 +41,7 @@ ROLLING = "rolling"
 
 
 @dataclass(frozen=True)
-class _Radial:
+class _Radial(ABC):
     """A multiple of a profile of :math:`u = |a - b|^2 / h^2`."""
 
     bandwidth: Any = None
@@ -53,8 +54,9 @@ class _Radial:
         if self.scale is not None:
             check_number(owner, "scale", self.scale)
 
+    @abstractmethod
     def profile(self, u: Array) -> Array:
-        raise NotImplementedError
+        """The kernel of u, without its factor."""
 
     def factor(self, size: int) -> float:
         """What the profile is multiplied by, for so many features."""

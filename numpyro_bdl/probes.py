@@ -230,13 +230,8 @@ def function_of(potential: Potential, inputs: tuple | None = None, rows: int = 6
         raise ValueError("The model has no observed site.")
     sizes = {name: plate.size for name, plate in potential.plates.items()}
     plate = potential.data_plate(sizes)
-    some = (
-        {} if plate is None else {plate: jnp.linspace(0, sizes[plate] - 1, min(rows, sizes[plate])).astype(jnp.int32)}
-    )
 
-    def at(call, rows):
-        args, kwargs = call
-
+    def at(rows, args, kwargs):
         def function(z, mutable):
             values = potential.constrain(z, potential.args, potential.kwargs)
             # one key: a network with dropout is the same function at every step
@@ -246,22 +241,23 @@ def function_of(potential: Potential, inputs: tuple | None = None, rows: int = 6
 
         return function
 
-    own = potential.args, potential.kwargs
     start = jax.eval_shape(potential.initial, random.key(0))
     if inputs is not None:
-        function = at((tuple(inputs), {}), {})
+        function = at({}, tuple(inputs), {})
         try:
             jax.eval_shape(function, *start)
         except Exception as error:
             shapes = ", ".join(str(np.shape(x)) for x in jax.tree.leaves(inputs))
             raise ValueError(f"The model can't be evaluated at inputs of shapes {shapes}: {error}") from error
         return function
-    every = at(own, {})
+    every = at({}, potential.args, potential.kwargs)
+    if plate is None:
+        return every
+    taken = jnp.linspace(0, sizes[plate] - 1, min(rows, sizes[plate])).astype(jnp.int32)
+    cut = at({plate: taken}, potential.args, potential.kwargs)
     whole = jax.eval_shape(every, *start).size
     try:
-        cut = at(own, some)
-        if plate and jax.eval_shape(cut, *start).size * sizes[plate] == whole * len(some[plate]):
-            return cut
+        shrinks = jax.eval_shape(cut, *start).size * sizes[plate] == whole * len(taken)
     except (ValueError, TypeError):
-        pass
-    return every
+        shrinks = False
+    return cut if shrinks else every

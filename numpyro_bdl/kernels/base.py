@@ -91,7 +91,8 @@ class StochasticGradientKernel(MCMCKernel):
     (:meth:`_moved`), study the model (:meth:`_meet_model`), refuse a run (:meth:`_begin_run`) or arguments that are
     traced (:meth:`_meet_traced`) and add groups and attributes to a DataTree (:meth:`_tree_groups`,
     :meth:`_tree_attributes`).
-    Kernels are final: none overrides what another defines.
+    Kernels are final: none overrides what another defines. An ensemble alone goes around :meth:`init` and
+    :meth:`sample`, since MCMC has one key for all of it.
 
     One draw is ``steps_per_draw`` gradient steps, compiled as one loop; ``num_warmup``, ``num_samples`` and
     ``thinning`` of :class:`~numpyro.infer.mcmc.MCMC` count draws. The target is :math:`\exp(-U(z) / T)`.

@@ -51,6 +51,33 @@ WGFState = namedtuple("WGFState", [*SGState._fields, "optimizer", "repulsion_rat
 """
 
 
+def wgf_drift(gradient, repulsion, attraction, mmd):
+    r"""The drift, :math:`\nabla \ell - \lambda_2 \nabla \log p + \lambda_1 (\frac1N \sum_j \nabla_1 k - \nabla \mu_P)`.
+
+    :param gradient: :math:`\nabla \ell - \lambda_2 \nabla \log p` at a particle, a tree of arrays.
+    :param repulsion: :math:`\frac1N \sum_j \nabla_1 k`, like the gradient.
+    :param attraction: :math:`\nabla \mu_P`, like the gradient.
+    :param mmd: :math:`\lambda_1`.
+    """
+    return jax.tree.map(lambda g, r, p: g + mmd * (r - p), gradient, repulsion, attraction)
+
+
+def wgf_step(z, drift, noise, size, kl, diagonal):
+    r"""One step, :math:`\theta - a P \, \text{drift} + \sqrt{2 a \lambda_2 P} \, \xi`.
+
+    :param z: Particle, a tree of arrays.
+    :param drift: From :func:`wgf_drift`, or the gradient alone.
+    :param noise: Standard normal :math:`\xi`, like the particle; None for none.
+    :param size: Step size a, a scalar.
+    :param kl: :math:`\lambda_2`, a scalar.
+    :param diagonal: Preconditioner P, like the particle, of arrays or numbers.
+    :return: The next position.
+    """
+    if noise is None:
+        return jax.tree.map(lambda w, g, p: w - size * p * g, z, drift, diagonal)
+    return sgld_step(z, drift, noise, size, kl, diagonal)
+
+
 class WGFEnsemble(StochasticGradientKernel):
     r"""Deep ensembles as a Wasserstein gradient flow: the chains are the particles of one ensemble.
 
@@ -235,17 +262,18 @@ class WGFEnsemble(StochasticGradientKernel):
 
     def _update(self, state, gradient, step):
         fields: dict[str, Any] = {}
+        drift = gradient
         if self._mmd:
             repulsion, attraction = repulsion_and_attraction(state.z, state.mutable, self._repulsion, CHAINS)
-            gradient = jax.tree.map(lambda g, r, p: g + self._mmd * (r - p), gradient, repulsion, attraction)
+            drift = wgf_drift(gradient, repulsion, attraction, self._mmd)
             fields["repulsion_ratio"] = self._ratio(state.z, state.mutable, repulsion)
         if self._optimizer is not None:
-            updates, fields["optimizer"] = self._optimizer.update(gradient, state.optimizer, state.z)
+            updates, fields["optimizer"] = self._optimizer.update(drift, state.optimizer, state.z)
             return fields | {"z": optax.apply_updates(state.z, updates)}
-        if self._noisy:
-            noise, kl = normal(step.key, state.z), self._kl * step.temperature
-            return fields | {"z": sgld_step(state.z, gradient, noise, step.size, kl, step.diagonal)}
-        return fields | {"z": jax.tree.map(lambda w, g, p: w - step.size * p * g, state.z, gradient, step.diagonal)}
+        noise = normal(step.key, state.z) if self._noisy else None
+        # a cyclical schedule explores without noise
+        kl = self._kl * step.temperature
+        return fields | {"z": wgf_step(state.z, drift, noise, step.size, kl, step.diagonal)}
 
     def _ratio(self, z: Position, mutable: dict, repulsion: Position) -> Array:
         """The repulsion beside the drift of the prior, at a weight of 1 if it has none."""
