@@ -29,6 +29,13 @@ _LOCATION = (
 )
 
 
+def without_wrappers(law: dist.Distribution) -> dist.Distribution:
+    """The distribution inside of ``to_event``, ``expand`` and ``mask``."""
+    while isinstance(law, (dist.Independent, dist.ExpandedDistribution, dist.MaskedDistribution)):
+        law = law.base_dist
+    return law
+
+
 def natural_parameter(name: str, site: dict) -> Array:
     """The function of a model at a site: logits, location or log rate, or the value of a deterministic site.
 
@@ -39,10 +46,7 @@ def natural_parameter(name: str, site: dict) -> Array:
     """
     if site["type"] == "deterministic":
         return site["value"]
-    outer = base = site["fn"]
-    while isinstance(base, (dist.Independent, dist.ExpandedDistribution, dist.MaskedDistribution)):
-        base = base.base_dist
-    shape = outer.shape()
+    base, shape = without_wrappers(site["fn"]), site["fn"].shape()
     if isinstance(base, _LOGITS):
         value = base.logits
     elif isinstance(base, _LOCATION):

@@ -16,6 +16,7 @@ is unbiased for that of the full data, and a plate given all its rows yields the
 """
 
 import fnmatch
+import glob
 import re
 import warnings
 from collections.abc import Callable, Mapping
@@ -73,6 +74,8 @@ class Potential:
     :param model_args: Positional arguments of the model.
     :param model_kwargs: Keyword arguments of the model.
     :param frozen: Patterns (as of :mod:`fnmatch`) of parameters that have no prior and keep their first value.
+    :param params: Parameters without a prior as trained elsewhere, by ``param`` site, as of
+        :meth:`numpyro.infer.svi.SVI.get_params`; those need not be frozen.
     :param init_strategy: A NumPyro initialization strategy. None draws the parameters of a network from its own
         initializers (of an nnx module, which was initialized outside: from a normal law with mean and standard
         deviation of each of its arrays), and any other site as :func:`numpyro.infer.init_to_uniform` does.
@@ -108,6 +111,7 @@ class Potential:
         model_kwargs: Mapping[str, Any] | None = None,
         *,
         frozen: str | tuple[str, ...] = (),
+        params: Mapping[str, Any] | None = None,
         init_strategy: Callable | None = None,
     ):
         self.model = model
@@ -120,7 +124,7 @@ class Potential:
         check_batch_size_is_used(arguments, self.plates, self.subsampled)
         if not isinstance(frozen, (str, tuple, list)):
             raise TypeError(f"frozen must be a pattern or a tuple of patterns, got {frozen!r}.")
-        self._freeze((frozen,) if isinstance(frozen, str) else tuple(frozen))
+        self._freeze((frozen,) if isinstance(frozen, str) else tuple(frozen), params or {})
         if not self.latent:
             raise ValueError("The model has no latent site, so nothing to sample: give its parameters a prior.")
         self._initial = jax.jit(self._draw_initial)
@@ -204,14 +208,16 @@ class Potential:
             lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)), record.mutable
         )
 
-    def _freeze(self, patterns: tuple[str, ...]) -> None:
+    def _freeze(self, patterns: tuple[str, ...], params: Mapping[str, Any]) -> None:
         names = list(self._without_prior)
+        trained = [n for n in names if self._without_prior[n][0] in params]
         for pattern in patterns:
             if not fnmatch.filter(names, pattern):
                 raise ValueError(
                     f"frozen={pattern!r} matches no parameter without a prior. "
                     + (f"Those are: {', '.join(names)}." if names else "Every parameter has a prior.")
                 )
+        patterns = (*patterns, *map(glob.escape, trained))
         unknown = [n for n in names if not any(fnmatch.fnmatchcase(n, p) for p in patterns)]
         if unknown:
             raise ValueError(
@@ -221,10 +227,11 @@ class Potential:
                 f" them as they are with frozen=({', '.join(map(repr, unknown))},)."
             )
         values: dict[str, Any] = {}
-        if names:
+        if len(trained) < len(names):
             # the same for every chain, or the chains would not share a target
             with jax.ensure_compile_time_eval():
                 values = jax.jit(lambda key: self._run_initial(key)[1].params)(random.key(0))
+        values |= {site: params[site] for site, _ in self._without_prior.values() if site in params}
         self.frozen = {n: _at(values[site], path) for n, (site, path) in self._without_prior.items()}
         """Parameters without a prior, by name."""
         for name, (treedef, leaves) in self._params.items():
@@ -247,6 +254,21 @@ class Potential:
     def has_mutable(self) -> bool:
         """Whether a network of the model has mutable collections."""
         return bool(self._mutable_template)
+
+    def collections(self, given: Mapping[str, Any]) -> dict:
+        """Mutable collections as trained elsewhere, such as ``svi_result.state.mutable_state``, as runs take them.
+
+        :param given: Values by name, among others.
+        :raises ValueError: if one is missing.
+        """
+        missing = [name for name in self._mutable_template if name not in given]
+        if missing:
+            raise ValueError(
+                f"The model has mutable collections (BatchNorm) of which there are no values: {', '.join(missing)}. SVI"
+                " keeps them in its state; hand in the parameters joined with them, as in"
+                " result.params | result.state.mutable_state."
+            )
+        return self._without_keys({name: given[name] for name in self._mutable_template})
 
     # ---- starting points ------------------------------------------------------------------------------------
 

@@ -19,7 +19,9 @@ from jax import Array, random
 from numpyro.infer import MCMC
 from tqdm.auto import tqdm
 
+from numpyro_bdl._arguments import Arguments
 from numpyro_bdl._checks import check_choice, check_finite_data, check_integer, named_arguments
+from numpyro_bdl.guides.posterior import LaplacePosterior
 from numpyro_bdl.potential import Potential, natural_parameter
 
 MEMBERS = ("position", "anchor", "both")
@@ -33,7 +35,8 @@ class PosteriorPredictive:
     integers, strings and None are fixed. Without positional arguments a method takes those of the run, all of their
     rows, with the keywords given put over those of the run (``train=False``, say).
 
-    :param mcmc: A run of any kernel of this package; or of NUTS or HMC on a model without frozen parameters.
+    :param mcmc: A run of any kernel of this package; or of NUTS or HMC on a model without frozen parameters; or the
+        posterior of :class:`~numpyro_bdl.AutoLinearizedLaplace`, of which it predicts by the tangent model.
     :param members: ``"position"``, or, of a kernel that collected it, ``"anchor"``, or ``"both"`` (the draws of the
         position, then those of the anchor). Only the position follows the posterior: the anchors are for prediction.
     :param draw_chunk: Draws per chunk.
@@ -67,7 +70,7 @@ class PosteriorPredictive:
 
     def __init__(
         self,
-        mcmc: MCMC,
+        mcmc: MCMC | LaplacePosterior,
         *,
         members: str = "position",
         draw_chunk: int = 16,
@@ -78,25 +81,13 @@ class PosteriorPredictive:
         check_integer("PosteriorPredictive", "draw_chunk", draw_chunk)
         if data_chunk not in (None, "auto"):
             check_integer("PosteriorPredictive", "data_chunk", data_chunk)
-        self.potential = potential_of(mcmc)
-        warn_of_bad_chains(mcmc)
-        self._mcmc_arguments = mcmc._args, mcmc._kwargs
-        collected = {"position": partial(positions, mcmc), "anchor": partial(anchors, mcmc, self.potential)}
-        names = ("position", "anchor") if members == "both" else (members,)
-        if members != "position" and self.potential.has_mutable:
-            warnings.warn(
-                "The mutable collections (BatchNorm) kept with the draws are those of the position; the anchors are"
-                " given them too.",
-                stacklevel=2,
-            )
-        draws = [collected[name]() for name in names]
-        missing = [site for site in self.potential.latent if site not in draws[0]]
-        if missing:
-            raise ValueError(
-                f"The run left these sites out of its draws, without which nothing can be predicted: {missing}."
-            )
-        values = _concatenate([{k: w[k] for k in self.potential.latent} for w in draws])
-        mutable = _concatenate([_mutable(mcmc, self.potential)] * len(names))
+        if isinstance(mcmc, LaplacePosterior):
+            check_choice("PosteriorPredictive", "members of a guide", members, ("position",))
+            self.potential, self._run_arguments = mcmc.potential, mcmc.arguments
+            values, mutable = mcmc.draws()
+        else:
+            self.potential, self._run_arguments = potential_of(mcmc), (mcmc._args, mcmc._kwargs)
+            values, mutable = _draws(mcmc, self.potential, members)
         leaves = jax.tree.leaves(values)
         self.batch_shape: tuple[int, int] = leaves[0].shape[:2]
         """Chains and draws."""
@@ -147,7 +138,7 @@ class PosteriorPredictive:
 
     def observed_data(self) -> dict[str, np.ndarray]:
         """The observations of the run, all of their rows, by site."""
-        args, kwargs = self._mcmc_arguments
+        args, kwargs = self._run_arguments
 
         def run(values, mutable):
             sites = self.potential.run(values, {}, random.key(0), mutable, args, kwargs)
@@ -166,7 +157,8 @@ class PosteriorPredictive:
         args, kwargs = self._complete(args, kwargs)
         check_finite_data(named_arguments(self.potential.model, args, kwargs))
         names = tuple(self.potential.observed) if names is None else tuple(names)
-        call, arrays = _call(self.potential, extract, names, args, kwargs)
+        arguments = Arguments(args, kwargs)
+        call, arrays = _Call(self.potential, extract, names, arguments), arguments.arrays(args, kwargs)
         first = jax.tree.map(lambda w: w[0], self._draws)
         outputs, frames, plates = call.describe(*first, key, {}, arrays)
         plate = self.potential.data_plate(plates)
@@ -218,7 +210,7 @@ class PosteriorPredictive:
 
     def _complete(self, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """The arguments of the run, with the given keywords over them, unless a call of its own is given."""
-        run_args, run_kwargs = self._mcmc_arguments
+        run_args, run_kwargs = self._run_arguments
         if args or any(hasattr(leaf, "shape") for leaf in jax.tree.leaves(kwargs)):
             return args, kwargs
         return run_args, run_kwargs | kwargs
@@ -227,18 +219,16 @@ class PosteriorPredictive:
 class _Call:
     """A model call as a pure function of one draw: arrays among its arguments are traced, the rest is fixed."""
 
-    def __init__(self, potential: Potential, extract: Callable, names: tuple[str, ...], treedef, is_array, fixed):
-        self.potential, self.extract, self.names = potential, extract, names
-        self.treedef, self.is_array, self.fixed = treedef, is_array, fixed
+    def __init__(self, potential: Potential, extract: Callable, names: tuple[str, ...], arguments: Arguments):
+        self.potential, self.extract, self.names, self.arguments = potential, extract, names, arguments
 
     @property
     def identity(self) -> tuple:
         """What a compiled program depends on, besides shapes; the program keeps the fixed arguments alive."""
-        return self.extract, self.names, self.treedef, self.is_array, tuple(map(_identity, self.fixed))
+        return self.extract, self.names, self.arguments
 
     def _run(self, values, mutable, key, rows, arrays):
-        arrays, fixed = iter(arrays), iter(self.fixed)
-        args, kwargs = self.treedef.unflatten([next(arrays) if array else next(fixed) for array in self.is_array])
+        args, kwargs = self.arguments.join(arrays)
         key_model, key_site = random.split(key)
         sites = self.potential.run(values, rows, key_model, mutable, args, kwargs)
         outputs = {
@@ -274,23 +264,6 @@ class _Call:
             cut[name].shape == tuple(chunk if n == axes[name] else m for n, m in enumerate(out.shape))
             for name, out in outputs.items()
         )
-
-
-def _call(potential, extract, names, args: tuple, kwargs: dict) -> tuple[_Call, list[Array]]:
-    """The call and the arrays among its arguments."""
-    leaves, treedef = jax.tree.flatten((args, kwargs))
-    is_array = tuple(isinstance(leaf, (np.ndarray, jax.Array)) for leaf in leaves)
-    arrays = [jnp.asarray(leaf) for leaf, array in zip(leaves, is_array, strict=True) if array]
-    fixed = tuple(leaf for leaf, array in zip(leaves, is_array, strict=True) if not array)
-    return _Call(potential, extract, names, treedef, is_array, fixed), arrays
-
-
-def _identity(leaf: Any) -> tuple:
-    try:
-        hash(leaf)
-    except TypeError:
-        return type(leaf), id(leaf)
-    return type(leaf), leaf
 
 
 # ---- what is taken from a site ------------------------------------------------------------------------------------
@@ -347,6 +320,27 @@ def potential_of(mcmc: MCMC) -> Potential:
         return Potential(kernel.model, mcmc._args, mcmc._kwargs)
     kernel._prepare(mcmc._args, mcmc._kwargs)
     return kernel.potential
+
+
+def _draws(mcmc: MCMC, potential: Potential, members: str) -> tuple[dict, dict]:
+    """Constrained latent sites and mutable collections, (chain, draw, ...)."""
+    warn_of_bad_chains(mcmc)
+    collected = {"position": partial(positions, mcmc), "anchor": partial(anchors, mcmc, potential)}
+    names = ("position", "anchor") if members == "both" else (members,)
+    if members != "position" and potential.has_mutable:
+        warnings.warn(
+            "The mutable collections (BatchNorm) kept with the draws are those of the position; the anchors are"
+            " given them too.",
+            stacklevel=3,
+        )
+    draws = [collected[name]() for name in names]
+    missing = [site for site in potential.latent if site not in draws[0]]
+    if missing:
+        raise ValueError(
+            f"The run left these sites out of its draws, without which nothing can be predicted: {missing}."
+        )
+    values = _concatenate([{k: w[k] for k in potential.latent} for w in draws])
+    return values, _concatenate([_mutable(mcmc, potential)] * len(names))
 
 
 def positions(mcmc: MCMC) -> dict[str, Array]:

@@ -1,0 +1,10 @@
+# Copyright Contributors to the numpyro_bdl project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Guides for :class:`numpyro.infer.SVI`, and what comes after it."""
+
+from numpyro_bdl.guides.linearized_laplace import AutoLinearizedLaplace as AutoLinearizedLaplace
+from numpyro_bdl.guides.posterior import LaplacePosterior as LaplacePosterior
+from numpyro_bdl.guides.solvers import SGD as SGD
+from numpyro_bdl.guides.solvers import ConjugateGradient as ConjugateGradient
+from numpyro_bdl.guides.solvers import DualDescent as DualDescent

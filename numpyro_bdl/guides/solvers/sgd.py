@@ -1,0 +1,174 @@
+# Copyright Contributors to the numpyro_bdl project.
+# SPDX-License-Identifier: Apache-2.0
+
+r"""Stochastic gradients on the quadratic of a sample, and on the loss of the linear model.
+
+With S a minibatch of B of the N rows, the gradients of the two quadratics of
+:mod:`~numpyro_bdl.guides.linear_system` are
+
+.. math::
+
+    g_L(x) = \frac NB \tilde J_S^\top (\Lambda_S \tilde J_S x - L_S \epsilon_S) + x - \epsilon_0,
+    \qquad
+    g_{L'}(x) = \frac NB \tilde J_S^\top \Lambda_S \tilde J_S x + x - b.
+
+Only :math:`L_S \epsilon_S` occurs in them, so that a singular :math:`\Lambda` needs no jitter. At the optimum the
+variance of the first, less that of the second, is, for one row and :math:`M = \sum_i M_i = \tilde J^\top \Lambda \tilde J`,
+
+.. math::
+
+    (N - 1) \, \mathrm{tr} M - 2 \Bigl( N \sum_i \mathrm{tr}(M_i^2 H^{-1}) - \mathrm{tr}(M^2 H^{-1}) \Bigr),
+
+so that the second wins unless the model nearly interpolates its data.
+"""
+
+import warnings
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array, lax
+
+from numpyro_bdl._checks import check_integer, check_number
+from numpyro_bdl.guides.linear_system import Problem, System, mode_gradient, stable_step
+from numpyro_bdl.guides.tangent import Weights
+
+_REPORTS = 20
+_FAR = 1e4  # of a mode from the prior mean, in prior standard deviations
+
+
+class Descent(NamedTuple):
+    """Where a descent stands; several vectors at once."""
+
+    x: Weights
+    average: Weights
+    """geometric average of x"""
+    optimizer: optax.OptState
+
+
+@dataclass(frozen=True)
+class SGD:
+    r"""Nesterov's gradient descent on minibatches, with geometric averaging: the solver for much data. The step falls
+    linearly to zero over the second half.
+
+    :param steps: Gradient steps for each solution.
+    :param step_size: Step on the whitened quadratic; None for one that the eigenvalues of a few minibatches allow,
+        :func:`~numpyro_bdl.guides.linear_system.stable_step`.
+    :param momentum: Of Nesterov's method.
+    :param averaging: Weight of a new iterate in the geometric average; None for 100 / steps.
+    :param clip: Largest norm of a gradient, in units of the square root of the number of weights (the norm of a prior
+        draw); None for none. Clipping biases, so that it is a guard and not a setting.
+    :param objective: ``"transformed"`` for :math:`g_{L'}`, ``"original"`` for :math:`g_L`, or ``"auto"``: transformed,
+        and original where the first samples say that the model has more than half as many effective parameters as
+        observed outputs.
+    """
+
+    steps: int = 1000
+    step_size: float | None = None
+    momentum: float = 0.9
+    averaging: float | None = None
+    clip: float | None = None
+    objective: str = "auto"
+
+    def __post_init__(self):
+        check_integer("SGD", "steps", self.steps)
+        check_number("SGD", "momentum", self.momentum, high=1.0, closed=True)
+        for name in ("step_size", "averaging", "clip"):
+            if getattr(self, name) is not None:
+                check_number("SGD", name, getattr(self, name))
+        if self.objective not in ("auto", "transformed", "original"):
+            raise ValueError(f'SGD: objective must be "auto", "transformed" or "original", got {self.objective!r}.')
+
+    @property
+    def vectors(self) -> int:
+        """Vectors of weights for each solution that are held at once: x, velocity, average and right-hand side."""
+        return 4
+
+    def solve(self, system: System, problem: Problem, start: Weights, key: Array, report=lambda done: None) -> Weights:
+        """Solutions of the linear system.
+
+        :param start: Where to begin, several vectors.
+        :param key: PRNG key of the minibatches.
+        :param report: Called now and then with the share that is done.
+        """
+        original = problem.noisy and self.objective == "original"
+        return self._descend("original" if original else "transformed", system, problem, start, key, report)
+
+    def mode(self, system: System, start: Weights, key: Array, report=lambda done: None) -> Weights:
+        """The mode of the linear model, one vector."""
+        several = jax.tree.map(lambda w: w[None], start)
+        solution = self._descend("mode", system, None, several, key, report)
+        return jax.tree.map(lambda w: w[0], solution)
+
+    def _descend(self, kind: str, system: System, problem: Problem | None, start: Weights, key, report) -> Weights:
+        stable = stable_step(system, key, self.momentum, 1.0)
+        step_size = stable if self.step_size is None else jnp.asarray(self.step_size)
+        while True:
+            solution = self._try(kind, system, problem, start, key, step_size, report)
+            if solution is not None:
+                return solution
+            if self.step_size is not None:
+                raise ValueError(
+                    f"SGD: step_size={self.step_size:g} diverged. A step that the eigenvalues of a few minibatches allow is"
+                    f" {stable:.3g}; step_size=None takes that."
+                )
+            step_size = step_size / 4
+            warnings.warn(f"SGD diverged, and begins again with the step size {step_size:.3g}.", stacklevel=6)
+
+    def _try(self, kind, system, problem, start, key, step_size, report) -> Weights | None:
+        """The solution, or None when the descent leaves the ball that it lies in."""
+        # H is at least the identity, so that no solution is longer than its right-hand side
+        bound = 10 * _norm(start if problem is None else problem.total) + _FAR * (problem is None)
+        state, done = _start(self, start), 0
+        for n in range(_REPORTS):
+            until = self.steps * (n + 1) // _REPORTS
+            state = _advance(self, kind, system, problem, state, key, step_size, done, until)
+            if not _norm(state.x) < bound:
+                return None
+            done = until
+            report(done / self.steps)
+        return state.average
+
+
+@jax.jit
+def _norm(x: Weights) -> Array:
+    return jnp.sqrt(sum(jnp.sum(w**2) for w in jax.tree.leaves(x)))
+
+
+@partial(jax.jit, static_argnums=0)
+def _start(solver: SGD, x: Weights) -> Descent:
+    return Descent(x, x, jax.vmap(_optimizer(solver, 1.0, x).init)(x))
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _advance(solver: SGD, kind: str, system: System, problem, state: Descent, key, step_size, first, last) -> Descent:
+    averaging = min(1.0, 100 / solver.steps) if solver.averaging is None else solver.averaging
+
+    def step(i, state: Descent) -> Descent:
+        batch = system.model.at(system.minibatch(key, i))
+        count = len(jax.tree.leaves(state.x)[0])
+        if kind == "mode":
+            g = system.model.map(partial(mode_gradient, system, batch), state.x)
+            g = jax.tree.map(lambda g, x: g + x, g, state.x)
+        else:
+            g = system.model.map(partial(system.product, batch), state.x)
+            if kind == "original":
+                noise = system.noise_gradient(batch, count)
+                g = jax.tree.map(lambda g, x, e, p: g - e + x - p, g, state.x, noise, problem.prior)
+            else:
+                g = jax.tree.map(lambda g, x, b: g + x - b, g, state.x, problem.total)
+        optimizer = _optimizer(solver, step_size * jnp.minimum(1.0, 2 - 2 * i / solver.steps), state.x)
+        update, optimizer_state = jax.vmap(optimizer.update)(g, state.optimizer)
+        x = optax.apply_updates(state.x, update)
+        return Descent(x, optax.incremental_update(x, state.average, averaging), optimizer_state)
+
+    return lax.fori_loop(first, last, step, state)
+
+
+def _optimizer(solver: SGD, step_size, x: Weights) -> optax.GradientTransformation:
+    size = sum(w[0].size for w in jax.tree.leaves(x))
+    clip = optax.identity() if solver.clip is None else optax.clip_by_global_norm(solver.clip * size**0.5)
+    return optax.chain(clip, optax.trace(solver.momentum, nesterov=True), optax.scale(-jnp.asarray(step_size)))
