@@ -130,7 +130,7 @@ def _noise_statistics(system: System, mode: Weights, samples: Weights, site: str
         outputs = batch.outputs(system.displacement(mode))
 
         def pulled(values):
-            return pull({name: batch.sites[name].weight * values(name) for name in logs})[0]
+            return pull({k: batch.sites[k].weight * batch.sites[k].share * values(k) for k in logs})[0]
 
         def residual(name):
             return ((batch.sites[name].value - outputs[name]) * jnp.exp(-logs[name])) ** 2

@@ -97,12 +97,11 @@ class TangentModel:
             shape = law.shape()
             shape = shape[: len(shape) - without_wrappers(law).event_dim]
             weight = jnp.broadcast_to(_factor(law, scale, shape), shape)
-            if axes[name] is None:
-                weight = weight * batch.rest
-            else:
-                rows_last = (-1,) + (1,) * (len(shape) - axes[name] - 1)
-                weight = weight / of_plate * batch.weight.reshape(rows_last)
-            sites[name] = Observations(family, without_wrappers(law), value, weight, axes[name])
+            share = batch.rest
+            if axes[name] is not None:
+                weight = weight / of_plate
+                share = batch.weight.reshape((-1,) + (1,) * (len(shape) - axes[name] - 1))
+            sites[name] = Observations(family, without_wrappers(law), value, weight, share, axes[name])
         return Linearization(self, batch, eta, jvp, lambda u: pull(u)[0], sites)
 
     def curved(self, displacement: Weights) -> "TangentModel":
@@ -125,7 +124,9 @@ class Observations(NamedTuple):
     value: Any
     """the observed values; None where the model is only to predict"""
     weight: Array
-    """how much each counts: row weight, ``handlers.scale`` and mask"""
+    """how often each is observed: ``handlers.scale`` and mask, a part of the likelihood"""
+    share: Array
+    """what the batch multiplies each by, in sums over rows: broadcasts against weight"""
     row_axis: int | None
     """the axis of the rows of the data plate"""
 
@@ -150,32 +151,32 @@ class Linearization:
         return jax.tree.map(jnp.add, self.eta, self.jvp(displacement))
 
     def curvature(self, u: dict[str, Array]) -> dict[str, Array]:
-        """The weighted curvature of the likelihood times an array of outputs."""
-        return {name: self._weighted(name, self._curvature[name].product(u[name])) for name in u}
+        """The share of the curvature of the likelihood times an array of outputs."""
+        return {k: self._times(k, self._curvature[k].product(u[k]), 1.0, 1) for k in u}
 
     def factor(self, eps: dict[str, Array]) -> dict[str, Array]:
-        """A factor of the weighted curvature times noise."""
-        return {name: self._weighted(name, self._curvature[name].factor(eps[name]), 0.5) for name in eps}
+        """The share of the factor of the curvature times noise."""
+        return {k: self._times(k, self._curvature[k].factor(eps[k]), 0.5, 1) for k in eps}
 
     def transposed(self, u: dict[str, Array]) -> dict[str, Array]:
-        """The transposed factor times an array of outputs."""
-        return {name: self._weighted(name, self._curvature[name].transposed(u[name]), 0.5) for name in u}
+        """The transposed factor times an array of outputs: an array of noise, of which no share is taken."""
+        return {k: self._times(k, self._curvature[k].transposed(u[k]), 0.5, 0) for k in u}
 
     def product(self, v: Weights) -> Weights:
         r""":math:`J^\top \\Lambda J v`."""
         return self.vjp(self.curvature(self.jvp(v)))
 
     def log_likelihood(self, outputs: dict[str, Array]) -> Array:
-        """The weighted log likelihood of the batch at given outputs."""
+        """The share of the log likelihood at given outputs."""
         total = jnp.zeros(())
         for name, site in self.sites.items():
             log_prob = site.family.rebuild(site.law, outputs[name]).log_prob(site.value)
-            # a mask takes observations out that may be NaN
-            total += jnp.sum(jnp.where(site.weight > 0, site.weight * log_prob, 0.0))
+            # a mask takes observations out that may be outside of the support
+            total += jnp.sum(jnp.where(site.weight > 0, site.weight * site.share * log_prob, 0.0))
         return total
 
     def score(self, outputs: dict[str, Array]) -> dict[str, Array]:
-        """Gradient of the weighted log likelihood in the outputs."""
+        """Its gradient in the outputs."""
         return jax.grad(self.log_likelihood)(outputs)
 
     def noise(self, count: int) -> dict[str, Array]:
@@ -200,8 +201,9 @@ class Linearization:
         keys = jax.vmap(lambda key: random.split(random.fold_in(key, 1), within))(self._row_keys(n, site))
         return keys[0] if axis is None else jnp.moveaxis(keys, 0, axis)
 
-    def _weighted(self, name: str, u: Array, power: float = 1.0) -> Array:
-        weight = self.sites[name].weight ** power
+    def _times(self, name: str, u: Array, power: float, shares: int) -> Array:
+        site = self.sites[name]
+        weight = site.weight**power * site.share**shares
         return u * _over(weight, u.ndim - weight.ndim)
 
 
