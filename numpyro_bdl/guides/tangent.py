@@ -88,8 +88,8 @@ class TangentModel:
             kept = {name: (sites[name]["fn"], sites[name]["value"], sites[name]["scale"]) for name in eta}
             return eta, kept
 
-        eta, jvp, kept = jax.linearize(function, self.weights, has_aux=True)
-        pull = jax.linear_transpose(jvp, self.weights)
+        eta, push, kept = jax.linearize(function, self.weights, has_aux=True)
+        pull = jax.linear_transpose(push, self.weights)
         of_plate = self.size / len(batch.rows)
         sites = {}
         for name, family in self.families:
@@ -97,12 +97,15 @@ class TangentModel:
             shape = law.shape()
             shape = shape[: len(shape) - without_wrappers(law).event_dim]
             weight = jnp.broadcast_to(_factor(law, scale, shape), shape)
-            share = batch.rest
-            if axes[name] is not None:
+            share, axis = batch.rest, axes[name]
+            if axis is not None:
                 weight = weight / of_plate
-                share = batch.weight.reshape((-1,) + (1,) * (len(shape) - axes[name] - 1))
-            sites[name] = Observations(family, without_wrappers(law), value, weight, share, axes[name])
-        return Linearization(self, batch, eta, jvp, lambda u: pull(u)[0], sites)
+                share = _over(batch.weight, len(shape) - axis - 1)
+            sites[name] = Observations(family, without_wrappers(law), value, weight, share, axis)
+        # products keep the precision of the weights and of the network, which may be less than that of the noise
+        jvp = lambda v: push(jax.tree.map(_cast, v, self.weights))
+        vjp = lambda u: pull(jax.tree.map(_cast, u, eta))[0]
+        return Linearization(self, batch, eta, jvp, vjp, sites)
 
     def curved(self, displacement: Weights) -> "TangentModel":
         """The same model with the curvature of the likelihood taken at displaced weights."""
@@ -205,6 +208,10 @@ class Linearization:
         site = self.sites[name]
         weight = site.weight**power * site.share**shares
         return u * _over(weight, u.ndim - weight.ndim)
+
+
+def _cast(value: Array, like: Array) -> Array:
+    return value.astype(like.dtype)
 
 
 def _without(shape: tuple[int, ...], axis: int | None) -> tuple[int, ...]:

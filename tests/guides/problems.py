@@ -15,6 +15,7 @@ from numpyro.contrib.module import random_flax_module
 from numpyro.handlers import seed, substitute, trace
 
 from numpyro_bdl import AutoLinearizedLaplace
+from numpyro_bdl.guides.preparation import prepare
 from numpyro_bdl.potential import Potential
 
 # ---- linear regression, on which the closed forms of the specification were computed ------------------------------
@@ -53,14 +54,15 @@ def regression_loc():
 
 # ---- a small classifier -------------------------------------------------------------------------------------------
 
-X = random.normal(random.key(100), (20, 2))
+X = np.asarray(random.normal(random.key(100), (20, 2)), float)
 LABELS = random.randint(random.key(102), (20,), 0, 3)
 
 
 class MLP(nn.Module):
     @nn.compact
     def __call__(self, x):
-        return nn.Dense(3)(nn.tanh(nn.Dense(4)(x)))
+        hidden = nn.tanh(nn.Dense(4)(x))
+        return nn.Dense(3)(hidden)
 
 
 def classifier(x, y=None):
@@ -75,13 +77,14 @@ def classifier(x, y=None):
 
 
 def trained(guide, key, *args, steps=300, rate=0.05, **kwargs):
-    """What SVI trains."""
+    """What SVI trains, in float64."""
     import optax
     from numpyro.infer import SVI, Trace_ELBO
 
     svi = SVI(guide.model, guide, optax.adam(rate), Trace_ELBO())
     result = svi.run(key, steps, *args, progress_bar=False, **kwargs)
-    return result.params | (result.state.mutable_state or {})
+    loc = result.params["auto_loc"].astype(float)
+    return result.params | {"auto_loc": loc} | (result.state.mutable_state or {})
 
 
 def system_of(model, values, *args, batch_size=None, **settings):
@@ -89,7 +92,7 @@ def system_of(model, values, *args, batch_size=None, **settings):
     guide = AutoLinearizedLaplace(model, **({"prior": "model"} | settings))
     potential = Potential(model, args)
     values = {k: jnp.asarray(w, float) for k, w in values.items()}
-    return guide._prepare(random.key(0), potential, values, {}, args, {}, batch_size)[0]
+    return prepare(guide, random.key(0), potential, values, {}, args, {}, batch_size)[0]
 
 
 def initial(model, *args):

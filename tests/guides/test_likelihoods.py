@@ -112,7 +112,7 @@ def test_other_families_by_the_scores_of_draws(law, moving, exact):
     width = len(moving)
     for n in range(4):
         block = product[n * width : (n + 1) * width, n * width : (n + 1) * width]
-        # the fourth moment of a normal score is 3: four standard errors of a mean of its squares, and of its fourth power
+        # four standard errors of a mean of squares whose fourth moment may be 16 times their square
         assert np.all(np.abs(np.diag(block) / np.diag(exact(n)) - 1) < 4 * np.sqrt(15 / FISHER_DRAWS))
     rebuilt = family.rebuild(law, eta)
     for name in moving:
