@@ -3,7 +3,7 @@
 
 """The draws of a run as positions of its kernel, in unconstrained space, and the gradient that the kernel has there."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -40,7 +40,7 @@ def check_run(owner: str, mcmc: Any) -> Potential:
         raise TypeError(f"{owner} needs a run, a numpyro.infer.MCMC object, got {type(mcmc).__name__}.")
     if mcmc.last_state is None:
         raise ValueError(f"{owner}: the MCMC object holds no draws yet; run it first.")
-    if inner_kernel(mcmc.sampler).model is None:
+    if getattr(inner_kernel(mcmc.sampler), "model", None) is None:
         raise TypeError(f"{owner} needs a kernel with a model, and this {type(mcmc.sampler).__name__} has none.")
     bad = bad_chains(mcmc)
     if bad:
@@ -76,7 +76,7 @@ def momentum_of(kernel: Any) -> float:
 
 
 def by_chain(mcmc: MCMC, field: Any) -> Any:
-    """A field of the last state with an axis of chains in front, also if there is one chain."""
+    """A field of the last state of an own kernel, with an axis of chains in front, also if there is one chain."""
     batched = np.ndim(mcmc.last_state.i) == 1
     return jax.tree.map(lambda x: x if batched else jnp.asarray(x)[None], field)
 
@@ -108,15 +108,18 @@ def temperature_of_draws(mcmc: MCMC, index: np.ndarray) -> np.ndarray:
     return field_of_draws(mcmc, "temperature", index)
 
 
-def active_counts(mcmc: MCMC, potential: Potential) -> dict[str, np.ndarray]:
-    """Coordinates of each site that were not pruned, by chain."""
-    z = by_chain(mcmc, mcmc.last_state.z)
-    masks = by_chain(mcmc, getattr(mcmc.last_state, "mask", ()) or {})
+def active_counts(mcmc: MCMC, draws: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Coordinates of each site that were not pruned, by chain.
+
+    :param draws: Arrays (chain, draw, ...) by site.
+    """
+    mask = getattr(mcmc.last_state, "mask", ())
+    masks = by_chain(mcmc, mask) if mask else {}
     return {
-        name: np.asarray(masks[name]).reshape(len(z[name]), -1).sum(1)
+        name: np.asarray(masks[name]).reshape(len(value), -1).sum(1)
         if name in masks
-        else np.full(len(z[name]), z[name][0].size)
-        for name in potential.latent
+        else np.full(len(value), value[0, 0].size)
+        for name, value in draws.items()
     }
 
 
@@ -133,7 +136,9 @@ def unconstrained_draws(owner: str, mcmc: MCMC, potential: Potential, count: int
         raise ValueError(f"{owner}: the run left these sites out of its draws: {missing}.")
     draws = next(iter(values.values())).shape[1]
     index = np.unique(np.linspace(0, draws - 1, min(count or draws, draws)).round().astype(int))
-    values, mutable = jax.tree.map(lambda x: x[:, index], (values, _mutable(mcmc, potential)))
+    mutable = _mutable(mcmc, potential)
+    if len(index) < draws:
+        values, mutable = jax.tree.map(lambda x: x[:, index], (values, mutable))
     if potential.bounded:
         rows = {name: jnp.arange(plate.subsample_size) for name, plate in potential.subsampled.items()}
 

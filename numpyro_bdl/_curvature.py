@@ -83,7 +83,8 @@ def top_eigenvalues(
     """
     flat, unravel = ravel_pytree(z)
     steps = number_of_steps(flat.size, count, steps)
-    return ritz_values(tridiagonal(lambda w: energy(unravel(w)), flat, rng_key, steps), count)
+    program = jax.jit(lambda w, key: tridiagonal(lambda w: energy(unravel(w)), w, key, steps))
+    return ritz_values(program(flat, rng_key), count)
 
 
 def number_of_steps(size: int, count: int, steps: int | None) -> int:
@@ -148,12 +149,23 @@ def hessian_trace(energy: Energy, z: PyTree, rng_key: Array, *, probes: int = 10
     :return: The trace and its standard error, from the spread of the probes.
     :raises ValueError: for arguments out of range.
 
+    **Example**
+
+    .. doctest::
+
+        >>> import jax.numpy as jnp
+        >>> from jax import random
+        >>> from numpyro_bdl.flatness import hessian_trace
+        >>> hessian_trace(lambda z: (jnp.array([1.0, 2.0]) * z**2).sum(), jnp.ones(2), random.key(0))  # is diagonal
+        Trace(value=6.0, error=0.0)
+
     **References:** Hutchinson 1990; the implementation is that of matfree.
     """
     check_integer("hessian_trace", "probes", probes, least=2)
     check_integer("hessian_trace", "probe_chunk", probe_chunk)
     flat, unravel = ravel_pytree(z)
-    return trace_of(hutchinson(lambda w: energy(unravel(w)), flat, rng_key, probes, probe_chunk))
+    program = jax.jit(lambda w, key: hutchinson(lambda w: energy(unravel(w)), w, key, probes, probe_chunk))
+    return trace_of(program(flat, rng_key))
 
 
 def hutchinson(energy: Energy, z: Array, rng_key: Array, probes: int, chunk: int) -> Array:

@@ -34,6 +34,26 @@ def data_term(
     :return: A function from a position, :func:`position_of` gives one, to a scalar.
     :raises TypeError: for anything but a run of a kernel with a model.
     :raises ValueError: for a run without draws or with bad chains, and a model that can't be cut into chunks.
+
+    **Example**
+
+    .. doctest::
+
+        >>> import jax.numpy as jnp, numpyro, numpyro.distributions as dist
+        >>> from jax import random
+        >>> from numpyro.infer import MCMC
+        >>> import numpyro_bdl as bdl
+        >>> from numpyro_bdl import flatness
+        >>> def model(y):
+        ...     scale = numpyro.sample("scale", dist.LogNormal(0, 1))
+        ...     with numpyro.plate("data", len(y)):
+        ...         numpyro.sample("y", dist.Normal(0, scale), obs=numpyro.subsample(y, event_dim=0))
+        >>> mcmc = MCMC(bdl.SGLD(model, step_size=1e-2), num_warmup=10, num_samples=20, progress_bar=False)
+        >>> mcmc.run(random.key(0), jnp.ones(50))
+        >>> energy, z = flatness.data_term(mcmc, row_chunk=20), flatness.position_of(mcmc, draw=-1)
+        >>> exact = -50 * dist.Normal(0, mcmc.get_samples()["scale"][-1]).log_prob(1.0)
+        >>> bool(abs(energy(z) - exact) < 1e-3)
+        True
     """
     potential = check_run("data_term", mcmc)
     if mutable is None:

@@ -168,7 +168,7 @@ def configurational_temperature(
     chains, count = next(iter(draws.z.values())).shape[:2]
     keys = random.split(random.key(0) if rng_key is None else rng_key, (chains, count))
     found = virials(draws.z, draws.mutable, jnp.arange(chains), keys)
-    return _estimate(found, active_counts(mcmc, potential), temperature_of_draws(mcmc, draws.index))
+    return _estimate(found, active_counts(mcmc, draws.z), temperature_of_draws(mcmc, draws.index))
 
 
 def kinetic_temperature(mcmc: MCMC) -> EffectiveTemperature:
@@ -216,7 +216,7 @@ def kinetic_temperature(mcmc: MCMC) -> EffectiveTemperature:
     kinetic and configurational temperatures of stochastic-gradient samplers.
     """
     owner = "kinetic_temperature"
-    potential = check_run(owner, mcmc)
+    check_run(owner, mcmc)
     kernel: Any = own_kernel(owner, mcmc)
     if "momentum" not in kernel.parameter_fields:
         raise ValueError(f"{owner}: this {type(kernel).__name__} has no momentum; take configurational_temperature.")
@@ -243,7 +243,7 @@ def kinetic_temperature(mcmc: MCMC) -> EffectiveTemperature:
     bad = np.flatnonzero(~np.isfinite(list(kinetic.values())).all((0, 2)))
     if len(bad):
         raise ValueError(f"{owner}: the chains {bad.tolist()} have momenta that are not finite.")
-    return _estimate(kinetic, active_counts(mcmc, potential), temperature_of_draws(mcmc, index))
+    return _estimate(kinetic, active_counts(mcmc, momentum), temperature_of_draws(mcmc, index))
 
 
 def _check_count(owner: str, draws: int) -> None:

@@ -36,6 +36,17 @@ def filter_normalized(rng_key: Array, z: Position, *, vectors: str = "still") ->
     :return: A direction, like the position.
     :raises ValueError: if nothing would move.
 
+    **Example**
+
+    .. doctest::
+
+        >>> import jax.numpy as jnp
+        >>> from jax import random
+        >>> from numpyro_bdl.flatness import filter_normalized
+        >>> direction = filter_normalized(random.key(0), {"kernel": jnp.array([[3.0, 0], [4, 0]]), "bias": jnp.ones(2)})
+        >>> jnp.linalg.norm(direction["kernel"], axis=0).round(3).tolist(), direction["bias"].tolist()
+        ([5.0, 0.0], [0.0, 0.0])
+
     **References:** Li et al., *Visualizing the loss landscape of neural nets*, NeurIPS 2018.
     """
     check_choice("filter_normalized", "vectors", vectors, ("still", "whole"))

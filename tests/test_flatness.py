@@ -11,7 +11,7 @@ import numpyro.distributions as dist
 import pytest
 from jax import random
 from jax.flatten_util import ravel_pytree
-from numpyro.infer import HMC, MCMC
+from numpyro.infer import MCMC
 
 import numpyro_bdl as bdl
 from numpyro_bdl import flatness
@@ -87,10 +87,11 @@ def test_the_data_term_is_the_likelihood_of_all_rows_without_the_prior(mcmc, x64
 
 @pytest.mark.parametrize("row_chunk", [5, 100])
 def test_chunks_of_rows_change_nothing(mcmc, x64, row_chunk):
-    whole, cut = flatness.data_term(mcmc), flatness.data_term(mcmc, row_chunk=row_chunk)
     z, v = flatness.position_of(mcmc), flatness.position_of(mcmc, 1, 0)
-    np.testing.assert_allclose(cut(z), whole(z), rtol=1e-12)
-    found, wanted = (flatness.hessian_vector_product(energy, z, v) for energy in (cut, whole))
+    cut = flatness.data_term(mcmc, row_chunk=row_chunk)
+    np.testing.assert_allclose(jax.jit(cut)(z), direct(z), rtol=1e-12)
+    product = jax.jit(flatness.hessian_vector_product, static_argnums=0)
+    found, wanted = product(cut, z, v), product(direct, z, v)
     for name in SHAPES:
         np.testing.assert_allclose(found[name], wanted[name], rtol=1e-9, atol=1e-9)
 
@@ -102,13 +103,13 @@ def test_sites_outside_of_the_plate_count_once(x64):
         with numpyro.plate("data", len(y)):
             numpyro.sample("y", dist.Normal(w, 2), obs=numpyro.subsample(y, event_dim=0))
 
-    mcmc = run(HMC(model, trajectory_length=0.1), jnp.asarray(Y))
+    mcmc = run(bdl.SGLD(model, step_size=1e-3), jnp.asarray(Y), chains=1, warmup=0, draws=1)
     z = flatness.position_of(mcmc, 0, 0)
     w = float(mcmc.get_samples()["w"][0])
     np.testing.assert_allclose(z["w"], np.log(w))  # unconstrained, and no Jacobian in the data term
     wanted = -dist.Normal(w, 1).log_prob(3.0) - dist.Normal(w, 2).log_prob(Y).sum()
     for row_chunk in (None, 4):
-        np.testing.assert_allclose(flatness.data_term(mcmc, row_chunk=row_chunk)(z), wanted, rtol=1e-10)
+        np.testing.assert_allclose(jax.jit(flatness.data_term(mcmc, row_chunk=row_chunk))(z), wanted, rtol=1e-10)
 
 
 def test_position_of_is_a_draw_or_the_mean_of_a_chain(mcmc, x64):
@@ -126,7 +127,7 @@ def test_batch_norm_is_that_of_the_draw():
     mcmc = run(bdl.SGLD(model, step_size=1e-4), inputs, LABELS, batch_size=10, chains=1)
     mutable = jax.tree.map(lambda x: x[0, 2], mcmc.get_extra_fields(group_by_chain=True)["mutable"])
     z = flatness.position_of(mcmc, 0, 2)
-    of_draw, of_last = (flatness.data_term(mcmc, mutable=m, train=False)(z) for m in (mutable, None))
+    of_draw, of_last = (jax.jit(flatness.data_term(mcmc, mutable=m, train=False))(z) for m in (mutable, None))
     predictive = bdl.PosteriorPredictive(mcmc, progress_bar=False)
     wanted = -predictive.log_likelihood(train=False)["y"][0, 2].sum()
     np.testing.assert_allclose(of_draw, wanted, rtol=1e-4)
@@ -141,9 +142,9 @@ def test_batch_norm_is_that_of_the_draw():
 def test_curvature_of_a_network_is_that_of_its_dense_hessian(mcmc, x64):
     energy, z = flatness.data_term(mcmc), flatness.position_of(mcmc, 0, 1)
     flat, unravel = ravel_pytree(z)
-    dense = np.asarray(jax.hessian(lambda w: direct(unravel(w)))(flat))
+    dense = np.asarray(jax.jit(jax.hessian(lambda w: direct(unravel(w))))(flat))
     v = random.normal(random.key(0), flat.shape)
-    product = ravel_pytree(flatness.hessian_vector_product(energy, z, unravel(v)))[0]
+    product = ravel_pytree(jax.jit(flatness.hessian_vector_product, static_argnums=0)(energy, z, unravel(v)))[0]
     np.testing.assert_allclose(product, dense @ v, rtol=1e-9, atol=1e-9)
     found = flatness.top_eigenvalues(energy, z, random.key(1), count=3)
     np.testing.assert_allclose(found.value, np.linalg.eigvalsh(dense)[::-1][:3], rtol=1e-8)
@@ -182,7 +183,7 @@ def test_lanczos_stops_where_its_space_is_exhausted(x64):
 
 def test_hutchinson_in_chunks(quadratic, x64):
     energy, values, hessian = quadratic
-    traces = [flatness.hessian_trace(energy, TREE, random.key(1), probes=50, probe_chunk=n) for n in (1, 7, 50, 99)]
+    traces = [flatness.hessian_trace(energy, TREE, random.key(1), probes=50, probe_chunk=n) for n in (7, 99)]
     for trace in traces:
         np.testing.assert_allclose(trace, traces[0], rtol=1e-10)
     exact_error = np.sqrt(2 * (np.sum(hessian**2) - np.sum(np.diag(hessian) ** 2)) / 50)
@@ -194,7 +195,7 @@ def test_hutchinson_in_chunks(quadratic, x64):
 def test_sharpness_is_the_curvature_at_draws_and_means(mcmc, x64):
     found = flatness.sharpness(mcmc, random.key(0), num_draws=3, num_eigenvalues=2, probes=5, row_chunk=10)
     assert (found.chain.tolist(), found.draw.tolist()) == ([0, 0, 1], [0, 4, 4])
-    energy = flatness.data_term(mcmc)
+    energy = jax.jit(flatness.data_term(mcmc))
     unravel = ravel_pytree(flatness.position_of(mcmc))[1]
     hessian = jax.jit(jax.hessian(lambda w: direct(unravel(w))))
     positions = [flatness.position_of(mcmc, c, d) for c, d in zip(found.chain, found.draw, strict=True)]
