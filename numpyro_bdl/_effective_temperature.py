@@ -183,8 +183,9 @@ def kinetic_temperature(mcmc: MCMC) -> EffectiveTemperature:
     In a stationary chain this equals :func:`configurational_temperature` at any step size, for any energy and any
     minibatch noise: :math:`\langle w v \rangle` and :math:`\langle w^2 \rangle` do not change in a step, which leaves
     :math:`a \langle w \, \partial U \rangle = \frac{1 + b}{2} P \langle v^2 \rangle` for each coordinate. Where the two
-    differ the chain is not stationary yet. Where both differ from T it is by the step, or by minibatches: along
-    curvature h they are :math:`T / (1 - a P h / (2 (1 + b)))` without these.
+    differ the chain is not stationary yet. (The momentum of :class:`~numpyro_bdl.FlatBasinSGLD` is driven by the anchor
+    too; there they are equal only as the step goes to zero.) Where both differ from T, it is by the step or by
+    minibatches; without minibatches they are :math:`T / (1 - a P h / (2 (1 + b)))` along curvature h.
 
     Under a schedule the momentum lags behind the step size, and the number is an approximation.
 

@@ -309,6 +309,14 @@ def test_gradient_noise_without_replacement_and_without_noise():
     assert max(noise.worst, noise.mean, noise.worst_held_out) < 1e-12 * wanted.min()
 
 
+def test_perturbed_positions_are_part_of_the_gradient_noise():
+    """On a quadratic energy of curvature A they add sigma^2 A^2."""
+    mcmc = run(bdl.PerturbedSGLD(TARGET.model, step_size=0.01, sigma=0.3, minibatch="full"), TARGET.y, chains=2)
+    noise = diagnostics.gradient_noise(mcmc, random.key(1), num_batches=200, num_draws=4)
+    wanted = 0.01 / 2 * 0.3**2 * np.diag(TARGET.curvature @ TARGET.curvature)
+    assert np.all(np.abs(noise.ratio["w"] / wanted - 1) < 4 * np.sqrt(2 / 800))
+
+
 def test_the_worst_direction_is_bracketed_where_batches_are_few():
     """White noise in many dimensions: the sample eigenvalue is far too large, the held-out one is not."""
 
