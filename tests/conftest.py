@@ -10,9 +10,9 @@ from pathlib import Path
 
 # Most of the time goes into compiling programs that run once, and half of that into LLVM's optimizations. Without them
 # some programs fuse a product with a sum and others don't: without AVX2, which brings that, all round the same.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 os.environ["XLA_FLAGS"] = " ".join(
     [
-        "--xla_backend_optimization_level=0",
         "--xla_cpu_max_isa=AVX" if platform.machine() in ("x86_64", "AMD64") else "",
         os.environ.get("XLA_FLAGS", ""),
         "--xla_force_host_platform_device_count=2",
@@ -36,6 +36,14 @@ def few_memory_maps():
     if MEMORY_MAPS.exists() and MEMORY_MAPS.read_text().count("\n") > 20_000:
         jax.clear_caches()
         gc.collect()
+
+
+@pytest.fixture
+def optimized():
+    """Compile with LLVM's optimizations: for a test that runs its programs for longer than it compiles them."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture
