@@ -9,11 +9,13 @@ import platform
 from pathlib import Path
 
 # Most of the time goes into compiling programs that run once, and half of that into LLVM's optimizations. Without them
-# some programs fuse a product with a sum and others don't: without AVX2, which brings that, all round the same.
+# some programs fuse a product with a sum and others don't: without AVX2, which brings that, all round the same. XLA's
+# library of elementwise operations, YNNPACK, uses such instructions even so, and is slow where the last axis is short.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 os.environ["XLA_FLAGS"] = " ".join(
     [
         "--xla_cpu_max_isa=AVX" if platform.machine() in ("x86_64", "AMD64") else "",
+        "--xla_cpu_experimental_ynn_fusion_type=",
         os.environ.get("XLA_FLAGS", ""),
         "--xla_force_host_platform_device_count=2",
     ]
