@@ -9,11 +9,13 @@ import platform
 from pathlib import Path
 
 # Most of the time goes into compiling programs that run once, and half of that into LLVM's optimizations. Without them
-# some programs fuse a product with a sum and others don't: without AVX2, which brings that, all round the same.
+# some programs fuse a product with a sum and others don't: without AVX2, which brings that, all round the same. XLA's
+# library of elementwise operations, YNNPACK, uses such instructions even so, and is slow where the last axis is short.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 os.environ["XLA_FLAGS"] = " ".join(
     [
-        "--xla_backend_optimization_level=0",
         "--xla_cpu_max_isa=AVX" if platform.machine() in ("x86_64", "AMD64") else "",
+        "--xla_cpu_experimental_ynn_fusion_type=",
         os.environ.get("XLA_FLAGS", ""),
         "--xla_force_host_platform_device_count=2",
     ]
@@ -31,11 +33,20 @@ MEMORY_MAPS = Path("/proc/self/maps")
 
 @pytest.fixture(autouse=True)
 def few_memory_maps():
-    """Forget compiled programs in time: each holds memory maps; past the 65530 that Linux grants, XLA crashes."""
+    """Forget compiled programs in time: each holds memory maps; past the 65530 that Linux grants, XLA crashes. The
+    next tests compile all anew, even what is small; a single test adds up to 3000."""
     yield
-    if MEMORY_MAPS.exists() and MEMORY_MAPS.read_text().count("\n") > 20_000:
+    if MEMORY_MAPS.exists() and MEMORY_MAPS.read_text().count("\n") > 45_000:
         jax.clear_caches()
         gc.collect()
+
+
+@pytest.fixture
+def optimized():
+    """Compile with LLVM's optimizations: for a test that runs its programs for longer than it compiles them."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture

@@ -145,6 +145,7 @@ def assert_equal_trees(one, other):
 # ---- laws ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("optimized")
 @every_sampler
 def test_linear_regression_against_the_conjugate_posterior(kernel):
     rng = np.random.default_rng(1)
@@ -163,6 +164,7 @@ def test_linear_regression_against_the_conjugate_posterior(kernel):
     assert max(np.abs(mean_z).max(), np.abs(covariance_z).max()) < 4
 
 
+@pytest.mark.usefixtures("optimized")
 @every_sampler
 def test_gaussian_moments_with_minibatches(kernel):
     target = Location.make([2.0, 5.0])
@@ -173,6 +175,7 @@ def test_gaussian_moments_with_minibatches(kernel):
     assert max(np.abs(mean_z).max(), np.abs(covariance_z).max()) < 4
 
 
+@pytest.mark.usefixtures("optimized")
 @every_sampler
 def test_constrained_sites_against_their_exact_law(kernel):
     def model():

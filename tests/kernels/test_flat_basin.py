@@ -33,6 +33,7 @@ LAWS = {
 }
 
 
+@pytest.mark.usefixtures("optimized")
 @pytest.mark.parametrize("variation", VARIATIONS.values(), ids=VARIATIONS)
 @pytest.mark.parametrize(("arguments", "law", "law_arguments", "steps"), LAWS.values(), ids=LAWS)
 def test_stationary_law_is_the_finite_step_formula(arguments, law, law_arguments, steps, variation):
@@ -62,6 +63,7 @@ def test_closed_forms_in_one_dimension():
         np.testing.assert_allclose(law(H, 1e-6, ETA, T), limit, rtol=1e-5)
 
 
+@pytest.mark.usefixtures("optimized")
 @pytest.mark.parametrize(("coupling", "variance"), [("exact", 0.36763), ("euler", 0.37037)])
 def test_position_variance_of_the_two_joint_couplings(coupling, variance):
     """The two differ by 0.75 %, so it takes a million copies to tell them apart."""
@@ -101,6 +103,7 @@ def test_regression_on_the_anchor_is_the_local_entropy_gradient():
     np.testing.assert_allclose((eye - slope) / ETA, np.linalg.inv(S + ETA * eye), rtol=1e-5)
 
 
+@pytest.mark.usefixtures("optimized")
 def test_the_anchor_does_not_feel_the_prior():
     """T7: with weight decay on the anchor too, as in the code of the paper, the position is no longer the posterior."""
     prior, likelihood, a = 3.0, 2.0, 0.02
@@ -134,6 +137,7 @@ def responsibility(w):
     return 1 / (1 + np.exp(log_p[0] - log_p[1]))
 
 
+@pytest.mark.usefixtures("optimized")
 @pytest.mark.parametrize("eta", [0.05, 0.5])
 def test_mixture_of_two_basins(eta):
     """T8: the anchor follows the mixture smoothed by N(0, eta I), and the position the mixture itself; started from the
@@ -156,6 +160,7 @@ def test_mixture_of_two_basins(eta):
     assert abs(score.mean() - 0.5) < 4 * score.std() / np.sqrt(chains)
 
 
+@pytest.mark.usefixtures("optimized")
 def test_basin_mass_from_the_sharp_basin():
     """B2: at equilibrium the position gives each basin its mass, flat or not: no bias towards flat ones."""
     chains = 4000
@@ -166,6 +171,7 @@ def test_basin_mass_from_the_sharp_basin():
     assert abs(score.mean() - 0.5) < 4 * score.std() / np.sqrt(chains)
 
 
+@pytest.mark.usefixtures("optimized")
 def test_twenty_dimensions_of_condition_one_hundred():
     """B1 at d = 20."""
     target = Location.make(np.geomspace(1, 100, 20))

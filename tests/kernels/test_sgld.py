@@ -26,6 +26,7 @@ def test_closed_form_in_one_dimension():
     np.testing.assert_allclose(exact.sgld(h, a, T, V=V).item(), expected, rtol=1e-12)
 
 
+@pytest.mark.usefixtures("optimized")
 def test_twenty_dimensions_of_condition_one_hundred():
     target = Location.make(np.geomspace(1, 100, 20))
     state = last_states(bdl.SGLD(target.model, step_size=0.01), target.y, steps=600)
@@ -35,6 +36,7 @@ def test_twenty_dimensions_of_condition_one_hundred():
     assert np.abs(covariance_z).max() < 4.5  # the largest of 210 entries
 
 
+@pytest.mark.usefixtures("optimized")
 def test_a_temperature_schedule_ends_in_the_law_of_its_end():
     def cooling(i):
         return 4.0 * (i < 150) + 0.5 * (i >= 150)
@@ -47,6 +49,7 @@ def test_a_temperature_schedule_ends_in_the_law_of_its_end():
     assert set(np.asarray(state.temperature)) == {0.5}
 
 
+@pytest.mark.usefixtures("optimized")
 def test_epoch_minibatches_are_closer_to_the_target_than_independent_ones():
     def variance(minibatch):
         kernel = bdl.SGLD(TARGET.model, step_size=0.1, temperature=0.1, minibatch=minibatch)

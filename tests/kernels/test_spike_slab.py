@@ -111,6 +111,7 @@ def test_the_enumeration_is_that_of_the_problem():
     np.testing.assert_allclose(means, [1.0246, 0.2214, -0.0149, 0.0341, 0.1086, 0.0434], atol=1e-4)
 
 
+@pytest.mark.usefixtures("optimized")
 def test_soft_e_step_finds_the_inclusion_probabilities_of_the_enumeration():
     inclusion_error, mean_error = errors(chains=256)
     assert inclusion_error < 0.012
@@ -119,11 +120,13 @@ def test_soft_e_step_finds_the_inclusion_probabilities_of_the_enumeration():
     assert errors(share=0.025, chains=256)[0] < 0.005
 
 
+@pytest.mark.usefixtures("optimized")
 def test_with_an_unequal_preconditioner():
     diagonal = {"w": np.array([0.3, 1.0, 0.6, 0.9, 0.4, 0.8])}
     assert errors(preconditioner=bdl.preconditioners.fixed(diagonal))[0] < 0.013
 
 
+@pytest.mark.usefixtures("optimized")
 def test_pairs_of_variables():
     numbers = (0, 0, 1, 1, 2, 2)
     groups = {"w": lambda site, shape: np.array(numbers)}
@@ -131,6 +134,7 @@ def test_pairs_of_variables():
     assert errors(groups=groups, numbers=numbers)[0] < 0.009
 
 
+@pytest.mark.usefixtures("optimized")
 @pytest.mark.parametrize(
     ("variant", "error"),
     [
@@ -144,6 +148,7 @@ def test_variants_that_target_another_law_are_off(variant, error):
     assert 0.7 * error < errors(draws=2000, **variant)[0] < 1.3 * error
 
 
+@pytest.mark.usefixtures("optimized")
 def test_gibbs_at_its_default_interval():
     assert errors(e_step="gibbs", chains=256)[0] < 0.013
 
@@ -225,6 +230,7 @@ def test_a_widened_spike_ends_at_its_variance():
 SIX = [jnp.asarray(a, jnp.float32) for a in correlated_rows(6, np.r_[1, 0.5, 0, 0, 0, 0.3])]
 
 
+@pytest.mark.usefixtures("optimized")
 def test_after_pruning_the_draws_follow_the_posterior_of_the_model_that_is_left():
     kernel = bdl.SpikeSlabSGHMC(
         regression, step_size=2e-3, momentum=0.5, groups=W, spike_variance=0.05, target_sparsity=0.5

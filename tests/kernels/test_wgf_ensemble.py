@@ -181,6 +181,7 @@ def well_kernel(weight, **kwargs):
     return bdl.WGFEnsemble(wells, mmd=weight, kernel=mmd.RBF(1.0), **options)
 
 
+@pytest.mark.usefixtures("optimized")
 @pytest.mark.parametrize(
     ("weight", "particles", "moments"),
     [(0.0, 2, (-1.2404, 0.8212)), (1.0, 25, (-1.0086, 1.0426)), (10.0, 25, (-0.3795, 1.1328))],
@@ -195,6 +196,7 @@ def test_double_well_keeps_the_fixed_point_on_a_grid(weight, particles, moments)
     assert largest_gap(t, np.cumsum(density) * width) < 0.01
 
 
+@pytest.mark.usefixtures("optimized")
 def test_two_particles_keep_their_joint_law():
     p, moments = exact.two_particles(GRID, double_well(GRID), 1.0, 10.0, 1.0)
     mean, variance, correlation = moments
@@ -208,6 +210,7 @@ def test_two_particles_keep_their_joint_law():
     assert largest_gap(t, np.cumsum(p.sum(1))) < 0.01
 
 
+@pytest.mark.usefixtures("optimized")
 def test_bias_of_few_particles_falls_with_their_number():
     density = exact.wasserstein_fixed_point(GRID, double_well(GRID), 1.0, 1.0, 1.0)
     limit = density @ GRID * (GRID[1] - GRID[0])
@@ -226,6 +229,7 @@ def test_bias_of_few_particles_falls_with_their_number():
     assert abs(two) > abs(ten) + 2 * np.hypot(error, error_of_ten)
 
 
+@pytest.mark.usefixtures("optimized")
 def test_conjugate_regression():
     rng = np.random.default_rng(1)
     x = rng.normal(size=(30, 3)).astype("f4")
@@ -243,6 +247,7 @@ def test_conjugate_regression():
     assert max(np.abs(v).max() for v in z) < 4
 
 
+@pytest.mark.usefixtures("optimized")
 @pytest.mark.parametrize("weight", [0.0, 1.0])
 def test_constrained_sites_are_unbiased(weight):
     """log s of a LogNormal is normal, with the log-Jacobian in the prior; that too is the limit of a repulsion from
