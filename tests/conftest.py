@@ -6,6 +6,7 @@
 import gc
 import os
 import platform
+from importlib.metadata import version
 from pathlib import Path
 
 # Most of the time goes into compiling programs that run once, and half of that into LLVM's optimizations. Without them
@@ -15,7 +16,8 @@ os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 os.environ["XLA_FLAGS"] = " ".join(
     [
         "--xla_cpu_max_isa=AVX" if platform.machine() in ("x86_64", "AMD64") else "",
-        "--xla_cpu_experimental_ynn_fusion_type=",
+        # experimental: another XLA may not know it, and aborts on what it does not know
+        "--xla_cpu_experimental_ynn_fusion_type=" if version("jaxlib").startswith("0.12.") else "",
         os.environ.get("XLA_FLAGS", ""),
         "--xla_force_host_platform_device_count=2",
     ]
