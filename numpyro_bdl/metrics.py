@@ -24,7 +24,7 @@ from scipy import stats
 from scipy.special import logsumexp, softmax
 
 from numpyro_bdl._checks import check_choice, check_integer
-from numpyro_bdl._predictions import class_probabilities, classified, draws_of_logits, pooled, same_shape
+from numpyro_bdl._predictions import class_probabilities, classified, draws_of_logits, numbers, pooled, same_shape
 from numpyro_bdl._regression_metrics import IntervalCoverage as IntervalCoverage
 from numpyro_bdl._regression_metrics import crps as crps
 from numpyro_bdl._regression_metrics import crps_gaussian_mixture as crps_gaussian_mixture
@@ -92,6 +92,34 @@ def lppd(log_likelihood: Float[ArrayLike, "chain draw row"]) -> float:
     return float(log_predictive_density(log_likelihood).mean())
 
 
+def joint_log_predictive_density(log_likelihood: Float[ArrayLike, "chain draw row"]) -> float:
+    r"""Log density of all rows together under the mixture of the draws,
+
+    .. math::
+
+        \log \frac{1}{S} \sum_{s=1}^S \prod_i p(y_i \mid \theta_s).
+
+    Unlike the sum of the densities of single rows, it tells whether errors of rows go together.
+
+    :param log_likelihood: (chain, draw, row), as of :meth:`numpyro_bdl.PosteriorPredictive.log_likelihood`.
+    :return: Natural logarithm.
+
+    **Example**
+
+    .. doctest::
+
+        >>> import numpy as np
+        >>> from numpyro_bdl import metrics
+        >>> one_knows = np.log([[[0.9, 0.9], [0.1, 0.1]]])             # the draws agree on both rows, or on neither
+        >>> round(float(np.exp(metrics.joint_log_predictive_density(one_knows))), 2)
+        0.41
+        >>> round(float(np.exp(metrics.log_predictive_density(one_knows).sum())), 2)
+        0.25
+    """
+    draws = pooled("joint_log_predictive_density", "log_likelihood", log_likelihood, infinite=True)
+    return float(logsumexp(draws.reshape(len(draws), -1).sum(-1)) - np.log(len(draws)))
+
+
 # ---- of classes -----------------------------------------------------------------------------------------------------
 
 
@@ -108,6 +136,36 @@ def mean_probabilities(logits: Float[ArrayLike, "chain draw row class"]) -> Floa
     for draw in draws:
         mean += softmax(draw.astype(np.float64), -1)
     return mean / len(draws)
+
+
+def probit_probabilities(logits: Float[ArrayLike, "chain draw row class"]) -> Float[np.ndarray, "row class"]:
+    r"""Class probabilities by the generalized probit approximation to logits with a normal law,
+
+    .. math::
+
+        \mathrm{softmax}\Bigl(\mu / \sqrt{1 + \tfrac{\pi}{8} \sigma^2}\Bigr),
+
+    from the mean and the variance of each logit over the draws.
+
+    :param logits: (chain, draw, row, class).
+    :return: Probabilities (row, class).
+    :raises ValueError: for other shapes, NaN and infinite numbers.
+
+    **Example**
+
+    .. doctest::
+
+        >>> import numpy as np
+        >>> from numpyro_bdl import metrics
+        >>> logits = np.array([[[[0.0, 4.0]], [[0.0, 0.0]]]])                # one row, two draws that differ
+        >>> metrics.probit_probabilities(logits).round(2)
+        array([[0.22, 0.78]])
+
+    **References:** Gibbs, *Bayesian Gaussian processes for regression and classification*, 1997.
+    """
+    draws = numbers("probit_probabilities", "logits", draws_of_logits("probit_probabilities", logits))
+    mean, variance = draws.mean(0), draws.var(0)
+    return softmax(mean / np.sqrt(1 + np.pi / 8 * variance), -1)
 
 
 def accuracy(probabilities: Float[ArrayLike, "row class"], labels: Int[ArrayLike, " row"]) -> float:

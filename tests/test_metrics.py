@@ -599,3 +599,29 @@ def test_bad_classifications_are_refused(metric, probabilities, labels, text):
 def test_bad_input_is_refused(call, text):
     with pytest.raises(ValueError, match=text):
         call()
+
+
+def test_joint_density_is_that_of_the_mixture_of_products():
+    density = np.random.default_rng(0).uniform(0.1, 0.9, (2, 3, 4))
+    expected = np.log(np.mean(np.prod(density.reshape(6, 4), 1)))
+    assert metrics.joint_log_predictive_density(np.log(density)) == pytest.approx(expected, rel=1e-12)
+    # draws that agree on every row know nothing of the rows together
+    same = np.broadcast_to(density[:1, :1], (1, 5, 4))
+    pointwise = metrics.log_predictive_density(np.log(same)).sum()
+    assert metrics.joint_log_predictive_density(np.log(same)) == pytest.approx(pointwise, rel=1e-12)
+    impossible = np.full((1, 2, 3), -np.inf)
+    assert metrics.joint_log_predictive_density(impossible) == -np.inf
+
+
+def test_probit_probabilities_against_the_integral():
+    """Two classes: within .02 of the mean of a sigmoid over a normal law, its known error."""
+    rng = np.random.default_rng(0)
+    for mean, sd in ((0.0, 2.0), (1.0, 1.0), (-2.0, 3.0)):
+        f = mean + sd * rng.standard_normal(100_000)
+        logits = np.stack([0 * f, f], -1)[None, :, None]
+        exact = metrics.mean_probabilities(logits)
+        np.testing.assert_allclose(metrics.probit_probabilities(logits), exact, atol=0.02)
+    certain = np.array([[[[1.0, 2.0, -1.0]]] * 2]).reshape(1, 2, 1, 3)
+    np.testing.assert_allclose(metrics.probit_probabilities(certain), metrics.mean_probabilities(certain), rtol=1e-12)
+    with pytest.raises(ValueError, match="probit_probabilities: logits has 1 NaN or infinite"):
+        metrics.probit_probabilities(np.array([[[[0.0, -np.inf]]]]))

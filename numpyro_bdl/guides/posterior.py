@@ -10,8 +10,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, random
+from jax.flatten_util import ravel_pytree
 
+from numpyro_bdl.guides.linear_system import Problem
+from numpyro_bdl.guides.solvers.cg import ConjugateGradient
 from numpyro_bdl.guides.tangent import TangentModel, Weights
 from numpyro_bdl.natural_parameter import without_wrappers
 from numpyro_bdl.potential import Potential
@@ -64,6 +67,46 @@ class LaplacePosterior:
         count = len(next(iter(self.samples.values())))
         mutable = jax.tree.map(lambda w: jnp.broadcast_to(w, (1, count, *jnp.shape(w))), self.system.model.mutable)
         return {k: w[None] for k, w in self.samples.items()}, mutable
+
+    def covariance(self, *args, tolerance: float = 1e-4, **kwargs) -> dict[str, np.ndarray]:
+        r"""The posterior covariance of the function at few inputs, without the error of samples,
+
+        .. math::
+
+            C = J_* H^{-1} J_*^\top,
+
+        by one linear system for each output at these inputs, with passes over all of the data.
+
+        :param args: Positional arguments of the model: the inputs.
+        :param tolerance: Relative residual at which a system is solved.
+        :param kwargs: Keyword arguments of the model.
+        :return: By observed site, an array of the shape of its function twice, (row, output, row, output).
+        """
+        model = self.system.model
+
+        def function(weights):
+            sites = model.potential.run(model.others | weights, {}, random.key(0), model.mutable, args, kwargs)
+            return {name: family.predictor(name, sites[name]) for name, family in model.families}
+
+        @jax.jit
+        def features():
+            eta, push = jax.linearize(function, model.weights)
+            pull = jax.linear_transpose(push, model.weights)
+            flat, unravel = ravel_pytree(eta)
+            return eta, jax.vmap(lambda e: self.system.whiten(pull(unravel(e))[0]))(
+                jnp.eye(flat.size, dtype=flat.dtype)
+            )
+
+        eta, right = features()
+        solver = ConjugateGradient(tolerance)
+        problem = Problem(right, jax.tree.map(jnp.zeros_like, right), noisy=False)
+        solution = solver.solve(self.system, problem, problem.data, random.key(0))
+        joint = sum(
+            jnp.tensordot(right[k].reshape(len(w), -1), w.reshape(len(w), -1), (1, 1)) for k, w in solution.items()
+        )
+        ends = np.cumsum([0, *(eta[name].size for name in sorted(eta))])
+        blocks = {name: slice(*ends[n : n + 2]) for n, name in enumerate(sorted(eta))}
+        return {name: np.asarray(joint[b, b]).reshape(2 * eta[name].shape) for name, b in blocks.items()}
 
     def attributes(self) -> dict[str, Any]:
         """What a tree says of it."""

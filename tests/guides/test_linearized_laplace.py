@@ -193,6 +193,16 @@ def test_predictions_are_those_of_the_tangent(classified):
     assert predictive.sample(random.key(0), X)["y"].shape == (1, 200, 20)
 
 
+def test_covariance_of_few_points_in_closed_form(classified):
+    _, _, posterior = classified
+    some = X[:4] + 0.5
+    jacobian, _ = dense(classifier, posterior.loc, some)
+    found = posterior.covariance(some, tolerance=1e-10)["y"]
+    assert found.shape == (4, 3, 4, 3)
+    expected = jacobian @ covariance(posterior.system) @ jacobian.T
+    np.testing.assert_allclose(found.reshape(12, 12), expected, rtol=1e-6, atol=1e-9)
+
+
 def test_a_tree_for_arviz(classified):
     import arviz as az
 
