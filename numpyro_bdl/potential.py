@@ -129,6 +129,13 @@ class Potential:
             raise ValueError("The model has no latent site, so nothing to sample: give its parameters a prior.")
         self._initial = jax.jit(self._draw_initial)
 
+    def __getstate__(self):
+        return {k: v for k, v in self.__dict__.items() if k != "_initial"}  # a compiled program
+
+    def __setstate__(self, state):
+        self.__dict__.update(state)
+        self._initial = jax.jit(self._draw_initial)
+
     # ---- structure ------------------------------------------------------------------------------------------
 
     def _run_initial(self, key: Array, strategy: Callable | None = None) -> tuple[dict, "_Record"]:

@@ -13,9 +13,10 @@ import numpyro.distributions as dist
 from jax import Array, random
 
 from numpyro_bdl.guides.em import log_scales
-from numpyro_bdl.guides.likelihoods import parameters_of
+from numpyro_bdl.guides.likelihoods import is_natural, parameters_of
 from numpyro_bdl.guides.linear_system import System
 from numpyro_bdl.guides.tangent import Batch, row_axis
+from numpyro_bdl.natural_parameter import without_wrappers
 from numpyro_bdl.noise import normal
 from numpyro_bdl.potential import Potential
 
@@ -69,6 +70,20 @@ def check_cut(sites_of, potential: Potential, plate: str, batch_size: int) -> No
         )
 
 
+def check_no_factor(sites: Mapping[str, Any]) -> None:
+    """Refuse terms of the energy that are neither a prior nor a likelihood of data.
+
+    :param sites: A trace.
+    :raises ValueError: naming the factor.
+    """
+    for name, site in sites.items():
+        if site["type"] == "sample" and isinstance(without_wrappers(site["fn"]), dist.Unit):
+            raise ValueError(
+                f"{_OWNER}: numpyro.factor '{name}' is no likelihood of data, and has no curvature that is known to be"
+                " positive; write it as a prior, or as an observed site."
+            )
+
+
 def check_deterministic(
     potential: Potential, values: dict, rows: dict, mutable: dict, args: tuple, kwargs: dict
 ) -> None:
@@ -80,6 +95,7 @@ def check_deterministic(
     @jax.jit
     def run(key):
         sites = potential.run(values, rows, key, mutable, args, kwargs)
+        check_no_factor(sites)
         likelihood = {k: sites[k]["fn"].log_prob(sites[k]["value"]) for k in potential.observed}
         kept = {k: s["value"] for k, s in sites.items() if s["type"] == "mutable"}
         return likelihood, potential.collections(kept) if potential.has_mutable else {}
@@ -145,8 +161,9 @@ def split_latent(
 def outputs_of(law: dist.Distribution) -> Array:
     """What a scale is not: the location or the natural parameter, or all parameters of other families."""
     found = parameters_of(law)
-    location = {k: v for k, v in found.items() if k in ("loc", "logits", "probs", "rate", "mean")}
-    return jnp.concatenate([jnp.ravel(jnp.asarray(v, float)) for v in (location or found).values()])
+    kinds = {"loc", "logits", "probs", "rate"} if is_natural(law) else {"mean"}
+    location = {k: v for k, v in found.items() if k in kinds}
+    return jnp.concatenate([jnp.ravel(jnp.asarray(v, float)) for v in (location or found).values()] or [jnp.zeros(1)])
 
 
 def check_priors(names: tuple[str, ...], priors: Mapping[str, Any]) -> None:
@@ -174,13 +191,21 @@ def check_noise_site(noise: tuple[str, ...], site: str, system: System) -> None:
             f" {', '.join(noise) or 'none'}."
         )
 
+    for name, moving in system.model.moving:
+        if "scale" in moving:
+            raise ValueError(
+                f"{_OWNER}: noise_site={site!r} can't be learned, since the scale of '{name}' depends on the weights"
+                " too."
+            )
+
     def slopes(rows, weight):
         batch = system.model.at(Batch(rows, weight, jnp.ones(())))
         value = jnp.log(system.model.others[site])
         return jax.jvp(log_scales(batch, site), (value,), (jnp.ones_like(value),))[1]
 
     found = jax.jit(slopes)(system.rows[0], system.weight[0])
-    if not found or not any(np.allclose(slope, 1, atol=1e-3) for slope in found.values()):
+    every = np.concatenate([np.ravel(slope) for slope in found.values()] or [np.zeros(1)])
+    if np.any(np.minimum(np.abs(every), np.abs(every - 1)) > 1e-3) or not np.any(every > 0.5):
         raise ValueError(
             f"{_OWNER}: noise_site={site!r} must be the scale of a Normal likelihood, or a factor of it; leave it out"
             " of noise_site to keep it where it was trained."

@@ -240,6 +240,11 @@ def parameters_of(law: dist.Distribution) -> dict[str, Array]:
     return {k: getattr(law, k) for k in _constructor(law)}
 
 
+def is_natural(law: dist.Distribution) -> bool:
+    """Whether a distribution is of a family with one natural parameter."""
+    return type(without_wrappers(law)) in _NATURAL
+
+
 def family_of(name: str, law: dist.Distribution, moving: tuple[str, ...]) -> Family:
     """The family of a site.
 
@@ -251,6 +256,11 @@ def family_of(name: str, law: dist.Distribution, moving: tuple[str, ...]) -> Fam
     law = without_wrappers(law)
     if type(law) in _NATURAL and set(moving) <= _OF_PARAMETER:
         return _NATURAL[type(law)]
+    if _NATURAL.get(type(law)) is _MULTIVARIATE:
+        raise ValueError(
+            f"The covariance of observed site '{name}', a {type(law).__name__}, depends on the weights, which is not"
+            " linearized; write it with a Normal for each output, or a covariance of its own."
+        )
     if not moving:
         raise ValueError(
             f"Observed site '{name}', a {type(law).__name__}, has no parameter that depends on the weights, so nothing"

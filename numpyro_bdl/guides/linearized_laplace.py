@@ -14,6 +14,7 @@ with J alone; EM fits A and the noise to the evidence (:mod:`~numpyro_bdl.guides
 import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -22,9 +23,12 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 from jax import Array, random
+from jax.core import Tracer
 from numpyro import handlers
+from numpyro.contrib.module import ParamShape
 from numpyro.distributions.transforms import biject_to
 from numpyro.infer.autoguide import AutoContinuous
+from numpyro.infer.util import transform_fn
 from numpyro.primitives import _PYRO_STACK
 from tqdm.auto import tqdm
 
@@ -34,7 +38,7 @@ from numpyro_bdl.guides.linear_system import System
 from numpyro_bdl.guides.posterior import LaplacePosterior
 from numpyro_bdl.guides.preparation import PRIORS, prepare
 from numpyro_bdl.guides.prior import Prior
-from numpyro_bdl.guides.reports import Progress, count_outputs, record, statement, warn_of_solution
+from numpyro_bdl.guides.reports import Progress, count_outputs, record, statement, warn_of_em, warn_of_solution
 from numpyro_bdl.guides.solvers import SGD, ConjugateGradient, DualDescent
 from numpyro_bdl.potential import Potential
 
@@ -184,6 +188,10 @@ class AutoLinearizedLaplace(AutoContinuous):
 
     def _setup_prototype(self, *args, **kwargs):
         super()._setup_prototype(*args, **kwargs)
+        if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves([s["value"] for s in self._sites.values()])):
+            # traced under jit, the model can't be run again with what it saw: no deterministic sites then
+            latent = {k: biject_to(self._sites[k]["fn"].support) for k in self._init_locs}
+            self._postprocess_fn = partial(transform_fn, latent)
         if self._own_initializers:
             key = numpyro.prng_key()
             assert key is not None  # NumPyro's own prototype has asked for one
@@ -205,7 +213,8 @@ class AutoLinearizedLaplace(AutoContinuous):
 
     def _has_free_parameters(self) -> bool:
         params = {k: s["value"] for k, s in self._sites.items() if s["type"] == "param"}
-        return any(hasattr(leaf, "dtype") for leaf in jax.tree.leaves(params))
+        leaves = jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, ParamShape))
+        return any(not isinstance(leaf, ParamShape) for leaf in leaves)
 
     def _samples(self) -> Array | None:
         """The samples, if a handler holds them. They are no site, or every trace would keep a copy of all of them."""
@@ -279,6 +288,8 @@ class AutoLinearizedLaplace(AutoContinuous):
         :warns UserWarning: for weights far from their optimum, linear systems that are not solved, a model that
             interpolates its data, groups that share a prior with layers that have no scale.
         """
+        if not jnp.issubdtype(rng_key.dtype, jax.dtypes.prng_key):
+            rng_key = random.wrap_key_data(rng_key)
         potential = self._potential_of(params, args, kwargs)
         mutable = potential.collections(params)
         if self.prototype_trace is None:
@@ -288,6 +299,11 @@ class AutoLinearizedLaplace(AutoContinuous):
         if name not in params:
             raise ValueError(
                 f"params must hold '{name}', as SVI trained it with this guide; they hold: {list(params)}."
+            )
+        if jnp.shape(params[name]) != (self.latent_dim,):
+            raise ValueError(
+                f"'{name}' has shape {jnp.shape(params[name])}, but the latent sites of the model are {self.latent_dim}"
+                " numbers: was it trained with this model?"
             )
         z: Any = self._unpack_latent(params[name])
         values = potential.constrain(z, args, kwargs)
@@ -369,6 +385,8 @@ class AutoLinearizedLaplace(AutoContinuous):
                 system, prior, mode, change = self._maximization(solved, prior, found)
                 if change < self.em_tolerance:
                     steps = step + 1
+                elif step + 1 == steps:
+                    warn_of_em(change, steps)
 
     def _maximization(self, system: System, prior: Prior, found: Expectation):
         change = 0.0

@@ -41,7 +41,7 @@ class LaplacePosterior:
     groups: dict[str, tuple[str, ...]]
     """the sites of each group"""
     frozen: tuple[str, ...]
-    """parameters of networks that stay at their trained values"""
+    """latent sites and parameters that stay at their trained values"""
     noise_scale: Array | None
     """the learned value of ``noise_site``"""
     effective_dimension: float
@@ -86,7 +86,7 @@ class LaplacePosterior:
 
         def function(weights):
             sites = model.potential.run(model.others | weights, {}, random.key(0), model.mutable, args, kwargs)
-            return {name: family.predictor(name, sites[name]) for name, family in model.families}
+            return {name: model.predictor(name, sites[name]) for name, _ in model.moving}
 
         @jax.jit
         def features():
@@ -101,9 +101,8 @@ class LaplacePosterior:
         solver = ConjugateGradient(tolerance)
         problem = Problem(right, jax.tree.map(jnp.zeros_like, right), noisy=False)
         solution = solver.solve(self.system, problem, problem.data, random.key(0))
-        joint = sum(
-            jnp.tensordot(right[k].reshape(len(w), -1), w.reshape(len(w), -1), (1, 1)) for k, w in solution.items()
-        )
+        sites = [(right[k].reshape(len(w), -1), w.reshape(len(w), -1)) for k, w in solution.items()]
+        joint = jnp.sum(jnp.stack([before @ after.T for before, after in sites]), 0)
         ends = np.cumsum([0, *(eta[name].size for name in sorted(eta))])
         blocks = {name: slice(*ends[n : n + 2]) for n, name in enumerate(sorted(eta))}
         return {name: np.asarray(joint[b, b]).reshape(2 * eta[name].shape) for name, b in blocks.items()}
@@ -135,28 +134,31 @@ class TangentPotential(Potential):
     ) -> dict[str, dict]:
         """A trace in which every parameter of an observed site, and every deterministic site, is on its tangent."""
         tangent, potential = self.tangent, self.tangent.potential
-        families = dict(tangent.families)
+        names = [name for name, _ in tangent.moving]
         frames: dict[str, dict] = {}
         others = {k: values[k] for k in potential.latent if k not in tangent.weights}
 
         def run(weights: Weights):
             sites = potential.run(others | weights, rows, key, mutable, args, kwargs)
             frames.update(sites)
-            outputs = {name: family.predictor(name, sites[name]) for name, family in families.items()}
-            outputs |= {k: site["value"] for k, site in sites.items() if site["type"] == "deterministic"}
+            outputs = {name: tangent.predictor(name, sites[name]) for name in names}
+            derived = {k: site["value"] for k, site in sites.items() if site["type"] == "deterministic"}
+            # classes and counts have no tangent, and are those of the trained weights
+            outputs |= {k: v for k, v in derived.items() if jnp.issubdtype(jnp.result_type(v), jnp.floating)}
             kept = {k: (s["fn"], s["value"]) for k, s in sites.items() if s["type"] == "sample"}
-            return outputs, kept
+            return outputs, (kept, {k: v for k, v in derived.items() if k not in outputs})
 
         change = {k: values[k] - w for k, w in tangent.weights.items()}
-        outputs, slopes, kept = jax.jvp(run, (tangent.weights,), (change,), has_aux=True)
+        outputs, slopes, (kept, fixed) = jax.jvp(run, (tangent.weights,), (change,), has_aux=True)
         outputs = jax.tree.map(jnp.add, outputs, slopes)
         sites = dict(frames)
         for name, (law, value) in kept.items():
-            if name in families:
-                law = _at(law, families[name], outputs[name])
+            if name in names:
+                law = _at(law, tangent.family(name, law), outputs[name])
             sites[name] = frames[name] | {"fn": law, "value": value}
-        for name in outputs.keys() - families.keys():
-            sites[name] = frames[name] | {"value": outputs[name]}
+        for name, value in (outputs | fixed).items():
+            if name not in names:
+                sites[name] = frames[name] | {"value": value}
         return sites
 
 

@@ -15,7 +15,7 @@ from numpyro_bdl.guides.linear_system import System, make_system, noise_gradient
 from numpyro_bdl.guides.normalization import affine_sites, scale_free_layers
 from numpyro_bdl.guides.prior import Prior, clip, diagonal
 from numpyro_bdl.guides.reports import warn_if_far, warn_of_scale
-from numpyro_bdl.guides.tangent import TangentModel, families_of
+from numpyro_bdl.guides.tangent import TangentModel, moving_parameters
 from numpyro_bdl.potential import Potential
 from numpyro_bdl.probes import normal_priors, output_sites
 
@@ -31,7 +31,7 @@ def prepare(
 
     :param guide: An :class:`~numpyro_bdl.AutoLinearizedLaplace`, for its settings.
     :param values: Latent sites, constrained.
-    :return: The system, its prior, the parameters of networks that stay, and how many weights of a g-prior were raised.
+    :return: The system, its prior, the sites and parameters that stay, and how many weights of a g-prior were raised.
     """
     plate = potential.data_plate({k: p.size for k, p in potential.plates.items()})
     size = potential.plates[plate].size if plate else 1
@@ -40,8 +40,10 @@ def prepare(
     def sites_of(rows):
         return potential.run(values, rows, random.key(0), mutable, args, kwargs)
 
-    if plate and batch_size < size:
-        checks.check_cut(sites_of, potential, plate, batch_size)
+    # the g-prior looks at one row at a time
+    smallest = 1 if guide.prior == "g" else batch_size
+    if plate and smallest < size:
+        checks.check_cut(sites_of, potential, plate, smallest)
     rows = {plate: jnp.arange(batch_size)} if plate else {}
     checks.check_deterministic(potential, values, rows, mutable, args, kwargs)
     sites, noise = checks.split_latent(potential, values, rows, mutable, args, kwargs)
@@ -63,7 +65,7 @@ def prepare(
         arguments=arguments,
         plate=plate,
         size=size,
-        families=families_of(potential, values, names, rows, mutable, args, kwargs),
+        moving=moving_parameters(potential, values, names, rows, mutable, args, kwargs),
         sample_chunk=guide.sample_chunk,
     )
     own = {k: tuple(jnp.asarray(x, weights[k].dtype) for x in priors[k]) for k in names}
@@ -78,12 +80,12 @@ def prepare(
     def outputs(weights, mutable):
         few = {plate: jnp.arange(min(size, _FEW))} if plate and batch_size < size else rows
         found = potential.run(others | weights, few, random.key(0), mutable, args, kwargs)
-        return jnp.concatenate([family.predictor(k, found[k]).ravel() for k, family in model.families])
+        return jnp.concatenate([model.predictor(k, found[k]).ravel() for k, _ in model.moving])
 
     free = scale_free_layers(potential, names, outputs, weights, mutable)
     prior, clipped = _first_prior(guide, system, own, free)
-    still = tuple(k for k in potential.network if k not in names)
-    return system._replace(scale=prior.scale), prior, still, clipped
+    still = [k for k in (*potential.network, *noise) if k not in names and k != guide.noise_site]
+    return system._replace(scale=prior.scale), prior, (*still, *potential.frozen), clipped
 
 
 def _linearized(chosen: Any, potential: Potential, sites: tuple[str, ...]) -> tuple[str, ...]:

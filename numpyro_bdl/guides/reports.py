@@ -17,6 +17,7 @@ from numpyro_bdl.guides.prior import Prior
 from numpyro_bdl.guides.tangent import Batch, Weights
 
 _UNSOLVED = 0.05
+_MOVING = 0.2
 _BAR = "{desc}: {percentage:3.0f}%|{bar}| [{elapsed}<{remaining}{postfix}]"
 
 
@@ -127,6 +128,16 @@ def warn_of_scale(free: dict[str, tuple[str, ...]], advice: str) -> None:
         f" afterwards, so that the uncertainty that comes from them is arbitrary under this prior; give them {advice}.",
         stacklevel=5,
     )
+
+
+def warn_of_em(change: float, steps: int) -> None:
+    """Warn of EM that ends while it still moves."""
+    if change > _MOVING:
+        warnings.warn(
+            f"EM stopped after {steps} steps while a precision or noise scale still changed by {change:.0%}; take more"
+            " em_steps.",
+            stacklevel=4,
+        )
 
 
 def warn_of_solution(found: Expectation, system: System) -> None:

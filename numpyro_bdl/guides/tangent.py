@@ -45,7 +45,7 @@ class Batch(NamedTuple):
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=("weights", "others", "mutable", "arrays", "key", "curved_at"),
-    meta_fields=("potential", "arguments", "plate", "size", "families", "sample_chunk"),
+    meta_fields=("potential", "arguments", "plate", "size", "moving", "sample_chunk"),
 )
 @dataclass(frozen=True)
 class TangentModel:
@@ -69,10 +69,18 @@ class TangentModel:
     """the plate whose rows are batched"""
     size: int
     """its rows"""
-    families: tuple[tuple[str, Family], ...]
-    """observed sites with their families"""
+    moving: tuple[tuple[str, tuple[str, ...]], ...]
+    """observed sites, each with the parameters of its distribution that depend on the weights"""
     sample_chunk: int | None = None
     """vectors that are worked on at a time; None for all"""
+
+    def predictor(self, name: str, site: dict) -> Array:
+        """What is linear in the weights: the natural parameter of a site of a trace."""
+        return self.family(name, site["fn"]).predictor(name, site)
+
+    def family(self, name: str, law: dist.Distribution) -> Family:
+        """The family of an observed site."""
+        return family_of(name, law, dict(self.moving)[name])
 
     def at(self, batch: Batch) -> "Linearization":
         """The linear model at some rows, traced."""
@@ -83,8 +91,8 @@ class TangentModel:
         def function(weights):
             # one key: what a model draws by itself was refused before
             sites = self.potential.run(self.others | weights, rows, random.key(0), self.mutable, args, kwargs)
-            axes.update({name: row_axis(sites[name], self.plate) for name, _ in self.families})
-            eta = {name: family.predictor(name, sites[name]) for name, family in self.families}
+            axes.update({name: row_axis(sites[name], self.plate) for name, _ in self.moving})
+            eta = {name: self.predictor(name, sites[name]) for name, _ in self.moving}
             kept = {name: (sites[name]["fn"], sites[name]["value"], sites[name]["scale"]) for name in eta}
             return eta, kept
 
@@ -92,8 +100,7 @@ class TangentModel:
         pull = jax.linear_transpose(push, self.weights)
         of_plate = self.size / len(batch.rows)
         sites = {}
-        for name, family in self.families:
-            law, value, scale = kept[name]
+        for name, (law, value, scale) in kept.items():
             shape = law.shape()
             shape = shape[: len(shape) - without_wrappers(law).event_dim]
             weight = jnp.broadcast_to(_factor(law, scale, shape), shape)
@@ -101,6 +108,7 @@ class TangentModel:
             if axis is not None:
                 weight = weight / of_plate
                 share = _over(batch.weight, len(shape) - axis - 1)
+            family = self.family(name, law)
             sites[name] = Observations(family, without_wrappers(law), value, weight, share, axis)
         # products keep the precision of the weights and of the network, which may be less than that of the noise
         jvp = lambda v: push(jax.tree.map(_cast, v, self.weights))
@@ -246,13 +254,14 @@ def _over(value: Any, axes: int) -> Array:
 # ---- how a model is linearized --------------------------------------------------------------------------------------
 
 
-def families_of(
+def moving_parameters(
     potential: Potential, values: dict, names: tuple[str, ...], rows: dict, mutable: dict, args: tuple, kwargs: dict
-) -> tuple[tuple[str, Family], ...]:
-    """The family of each observed site, by which of its parameters move with the weights.
+) -> tuple[tuple[str, tuple[str, ...]], ...]:
+    """Which parameters of each observed site depend on the weights.
 
     :param values: Every latent site, constrained.
     :param names: The sites that are weights.
+    :raises ValueError: for a site without a family.
     """
     laws: dict[str, dist.Distribution] = {}
 
@@ -267,4 +276,6 @@ def families_of(
         name: tuple(k for k, t in found.items() if t.dtype != jax.dtypes.float0 and bool(jnp.any(t != 0)))
         for name, found in tangents.items()
     }
-    return tuple((name, family_of(name, laws[name], moving[name])) for name in potential.observed)
+    for name in potential.observed:
+        family_of(name, laws[name], moving[name])
+    return tuple((name, moving[name]) for name in potential.observed)

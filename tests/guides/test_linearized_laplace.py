@@ -40,7 +40,7 @@ from numpyro_bdl.guides.linear_system import products
 
 FAR = "ignore:The weights are far from an optimum"
 CG = ConjugateGradient(tolerance=1e-11)
-pytestmark = pytest.mark.filterwarnings(FAR)
+pytestmark = [pytest.mark.filterwarnings(FAR), pytest.mark.filterwarnings("ignore:EM stopped after 2 steps")]
 
 
 @pytest.fixture(autouse=True)
@@ -256,6 +256,13 @@ def test_pickling_and_a_guide_made_anew(classified):
     np.testing.assert_array_equal(fitted.params["auto_samples"], posterior.params["auto_samples"])
 
 
+def test_a_posterior_predicts_after_pickling(classified):
+    _, _, posterior = classified
+    again = pickle.loads(pickle.dumps(posterior))
+    expected = bdl.PosteriorPredictive(posterior).functions(X[:3])["y"]
+    np.testing.assert_array_equal(bdl.PosteriorPredictive(again).functions(X[:3])["y"], expected)
+
+
 def test_initialization_under_jit_leaks_no_tracer():
     guide = bdl.AutoLinearizedLaplace(classifier, prior="model", solver="cg", num_samples=2)
     svi = SVI(classifier, guide, optax.adam(0.01), Trace_ELBO())
@@ -429,13 +436,64 @@ def test_a_solver_must_be_a_solver():
         bdl.AutoLinearizedLaplace(classifier, solver=CG.solve)
 
 
-def _linear(x, y, *, prior=None, hyper=None, scale=None, plate=True, dropout=False):
+def subsampled(x, y, batch_size=None):
+    w = numpyro.sample("w", dist.Normal(jnp.zeros(2), 1).to_event(1))
+    with numpyro.plate("data", len(x), subsample_size=batch_size):
+        xb, yb = numpyro.subsample(x, event_dim=1), numpyro.subsample(y, event_dim=0)
+        f = numpyro.deterministic("f", xb @ w)
+        numpyro.deterministic("positive", f > 0)
+        numpyro.sample("y", dist.Normal(f, 1.0), obs=yb)
+
+
+def test_jit_with_minibatches_and_deterministic_sites():
+    y = jnp.asarray(LABELS, float)
+    guide = bdl.AutoLinearizedLaplace(subsampled, prior="model", solver="cg", num_samples=2)
+    svi = SVI(subsampled, guide, optax.adam(0.01), Trace_ELBO())
+    params = svi.get_params(jax.jit(lambda key: svi.init(key, X, y, batch_size=2))(random.key(0)))
+    assert guide.sample_posterior(random.key(1), params)["w"].shape == (2,)
+    posterior = guide.fit(random.PRNGKey(1), params, X, y, batch_size=7, progress_bar=False)
+    # what is no number has no tangent, and is that of the trained weights
+    found = bdl.PosteriorPredictive(posterior).functions(X, y, sites=("f", "positive"))
+    assert found["f"].std(1).min() > 0
+    np.testing.assert_array_equal(found["positive"][0, 1], X @ posterior.loc["w"] > 0)
+
+
+def two_parameters(x, y):
+    """A location and a scale that both depend on weights."""
+    w = numpyro.sample("w", dist.Normal(jnp.zeros(2), 1).to_event(1))
+    s = numpyro.param("s", 1.0)
+    with numpyro.plate("data", len(x)):
+        numpyro.sample("y", dist.Normal(x @ w, s * jnp.exp(0.3 * x @ w)), obs=y)
+
+
+def test_a_scale_that_depends_on_weights_legacy_keys_and_a_parameter_without_a_prior():
+    y = jnp.asarray(LABELS, float)
+    guide = bdl.AutoLinearizedLaplace(two_parameters, prior="model", solver=CG, num_samples=2)
+    params = trained(guide, random.key(0), X, y, steps=100)
+    posterior = guide.fit(random.PRNGKey(1), params, X, y, progress_bar=False)
+    assert posterior.frozen == ("s",)
+    scale = params["s"] * np.exp(0.3 * X @ posterior.loc["w"])
+    # Fisher information of location and logarithm of the scale
+    exact = X.T @ ((1 / scale**2 + 2 * 0.3**2)[:, None] * X)
+    found = np.linalg.inv(covariance(posterior.system)) - np.eye(2)
+    # 64 draws for each of 20 rows; fourth moments of a score up to 15 times their square
+    np.testing.assert_allclose(np.diag(found), np.diag(exact), rtol=4 * np.sqrt(15 / 64 / 20 * 3))
+
+
+def _linear(x, y, *, prior=None, hyper=None, scale=None, plate=True, dropout=False, factor=False, powers=False):
     """A linear model with something wrong."""
     width = 1.0 if hyper is None else numpyro.sample("width", hyper)
     w = numpyro.sample("w", dist.Normal(jnp.zeros(2), width).to_event(1) if prior is None else prior)
     sigma = 1.0 if scale is None else numpyro.sample("sigma", scale)
     if dropout:
         w = w * random.bernoulli(numpyro.prng_key(), 0.5, (2,))
+    if factor:
+        numpyro.factor("penalty", -jnp.sum(w**2))
+    if powers:
+        with numpyro.plate("data", len(x)):
+            numpyro.sample("z", dist.Normal(x @ w, sigma**2), obs=y)
+            numpyro.sample("y", dist.Normal(x @ w, sigma), obs=y)
+        return
     if not plate:
         numpyro.sample("y", dist.Normal(x @ w, sigma).to_event(1), obs=y)
         return
@@ -454,6 +512,14 @@ def _linear(x, y, *, prior=None, hyper=None, scale=None, plate=True, dropout=Fal
             {},
             "noise_site='w' is not a noise scale .* those are: sigma",
         ),
+        ({"factor": True}, {}, {}, "numpyro.factor 'penalty' is no likelihood"),
+        (
+            {"scale": dist.HalfNormal(), "powers": True},
+            {"noise_site": "sigma"},
+            {},
+            "must be the scale of a Normal likelihood, or a factor of it",
+        ),
+        ({}, {"prior": "g"}, {}, "can't be cut into batches of 1 rows"),
         ({"dropout": True}, {}, {}, r"draws random numbers at site 'y' \(dropout\)"),
         ({"plate": False}, {}, {"batch_size": 2}, "share no plate whose rows could be batched"),
         ({}, {}, {"batch_size": 2}, "can't be cut into batches of 2 rows of its plate 'data'"),
@@ -472,6 +538,8 @@ def test_models_that_have_no_tangent(wrong, settings, call, text):
 
 def test_parameters_of_another_guide():
     guide = bdl.AutoLinearizedLaplace(regression, solver="cg")
+    with pytest.raises(ValueError, match=r"shape \(3,\), but the latent sites of the model are 25 numbers"):
+        guide.fit(random.key(0), {"auto_loc": jnp.zeros(3)}, FEATURES, TARGETS, progress_bar=False)
     with pytest.raises(ValueError, match=r"params must hold 'auto_loc'.*\['loc'\]"):
         guide.fit(random.key(0), {"loc": jnp.zeros(P)}, FEATURES, TARGETS, progress_bar=False)
 
@@ -501,6 +569,13 @@ def test_systems_that_are_not_solved_are_warned_of():
         guide.fit(random.key(0), regression_loc(), FEATURES, TARGETS, progress_bar=False)
 
 
+def test_em_that_still_moves_is_warned_of():
+    guide = bdl.AutoLinearizedLaplace(regression, solver="cg", num_samples=4, em_steps=1)
+    with pytest.warns(UserWarning, match="EM stopped after 1 steps while a precision or noise scale still changed by"):
+        guide.fit(random.key(0), regression_loc(), FEATURES, TARGETS, progress_bar=False)
+
+
+@pytest.mark.filterwarnings("ignore:EM stopped")
 def test_what_is_said_before_and_during_a_fit(progress_bar, capsys):
     guide = bdl.AutoLinearizedLaplace(regression, solver="cg", num_samples=4, em_steps=1)
     guide.fit(random.key(0), regression_loc(), FEATURES, TARGETS)
