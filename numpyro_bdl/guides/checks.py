@@ -20,6 +20,7 @@ from numpyro_bdl.noise import normal
 from numpyro_bdl.potential import Potential
 
 _OWNER = "AutoLinearizedLaplace"
+_KEYS = 4  # a few units may be dropped alike by two keys
 
 
 def check_batch_size(potential: Potential, plate: str | None, size: int, batch_size: int | None) -> int:
@@ -37,7 +38,8 @@ def check_batch_size(potential: Potential, plate: str | None, size: int, batch_s
         )
     if isinstance(batch_size, bool) or not isinstance(batch_size, (int, np.integer)) or not 1 <= batch_size <= size:
         raise ValueError(
-            f"{_OWNER}: batch_size must be an integer from 1 to {size}, the rows of plate '{plate}', got {batch_size!r}."
+            f"{_OWNER}: batch_size must be an integer from 1 to {size}, the rows of plate '{plate}', got"
+            f" {batch_size!r}."
         )
     return int(batch_size)
 
@@ -82,12 +84,14 @@ def check_deterministic(
         kept = {k: s["value"] for k, s in sites.items() if s["type"] == "mutable"}
         return likelihood, potential.collections(kept) if potential.has_mutable else {}
 
-    (one, after), (other, _) = run(random.key(0)), run(random.key(1))
+    one, after = run(random.key(0))
+    others = [run(random.key(n))[0] for n in range(1, _KEYS)]
     advice = "evaluate it in inference mode, as by fit(..., train=False) if the model takes such an argument"
     for name in one:
-        if not np.array_equal(one[name], other[name], equal_nan=True):
+        if not all(np.array_equal(one[name], other[name], equal_nan=True) for other in others):
             raise ValueError(
-                f"{_OWNER}: the model draws random numbers at site '{name}' (dropout), so that it has no tangent; {advice}."
+                f"{_OWNER}: the model draws random numbers at site '{name}' (dropout), so that it has no tangent;"
+                f" {advice}."
             )
     before, after = (jax.tree_util.tree_flatten_with_path(tree)[0] for tree in (mutable, after))
     for (path, old), (_, new) in zip(before, after, strict=True):
@@ -131,9 +135,9 @@ def split_latent(
             noise.append(name)
         else:
             raise ValueError(
-                f"{_OWNER}: the latent site '{name}' is neither a weight, on which the outputs depend, nor a noise scale"
-                ' of the likelihood. The scale of a prior is learned by fit itself (prior="isotropic", "per_site",'
-                ' "per_group" or "g"): give the weights a Normal prior with a constant scale.'
+                f"{_OWNER}: the latent site '{name}' is neither a weight, on which the outputs depend, nor a noise"
+                ' scale of the likelihood. The scale of a prior is learned by fit itself (prior="isotropic",'
+                ' "per_site", "per_group" or "g"): give the weights a Normal prior with a constant scale.'
             )
     return tuple(k for k in potential.latent if k in weights), tuple(noise)
 
@@ -178,8 +182,8 @@ def check_noise_site(noise: tuple[str, ...], site: str, system: System) -> None:
     found = jax.jit(slopes)(system.rows[0], system.weight[0])
     if not found or not any(np.allclose(slope, 1, atol=1e-3) for slope in found.values()):
         raise ValueError(
-            f"{_OWNER}: noise_site={site!r} must be the scale of a Normal likelihood, or a factor of it; leave it out of"
-            " noise_site to keep it where it was trained."
+            f"{_OWNER}: noise_site={site!r} must be the scale of a Normal likelihood, or a factor of it; leave it out"
+            " of noise_site to keep it where it was trained."
         )
 
 

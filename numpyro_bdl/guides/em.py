@@ -18,9 +18,10 @@ estimated in function space,
 
     \hat\gamma_g = \frac1K \sum_k x_{k,g}^\top (\tilde J^\top \Lambda \tilde J x_k)_g,
 
-whose variance is at most :math:`2 \gamma / K`; that of :math:`P - \alpha \|\zeta\|^2` grows with the number of weights P.
-Where an estimate is not positive, the slower update of EM proper is taken, which always is,
-:math:`\alpha_g = P_g / (\|\bar w_g - m_0\|_D^2 + \mathrm{tr}_D\, \Sigma_g)`. Samples of all iterations share their noise.
+whose variance is at most :math:`2 \gamma / K`; that of :math:`P - \alpha \|\zeta\|^2` grows with the number P of
+weights. Where an estimate is not positive, the slower update of EM proper is taken, which always is,
+:math:`\alpha_g = P_g / (\|\bar w_g - m_0\|_D^2 + \mathrm{tr}_D\, \Sigma_g)`. The samples of all iterations share their
+noise.
 
 **References:** MacKay, *Bayesian interpolation*, Neural Computation 4, 1992; Antorán et al., *Sampling-based inference
 for large linear models, with application to linearised Laplace*, ICLR 2023.
@@ -130,7 +131,7 @@ def _noise_statistics(system: System, mode: Weights, samples: Weights, site: str
         outputs = batch.outputs(system.displacement(mode))
 
         def pulled(values):
-            return pull({name: batch.sites[name].weight * values(name) for name in logs})[0]
+            return pull({k: batch.sites[k].weight * batch.sites[k].share * values(k) for k in logs})[0]
 
         def residual(name):
             return ((batch.sites[name].value - outputs[name]) * jnp.exp(-logs[name])) ** 2
@@ -165,4 +166,4 @@ def log_scales(batch: Linearization, site: str) -> Callable[[Array], dict[str, A
 
 
 def _total(parts: dict[str, Array]) -> Array:
-    return sum(parts.values())  # ty: ignore[invalid-return-type]
+    return jnp.sum(jnp.stack(list(parts.values())), 0)

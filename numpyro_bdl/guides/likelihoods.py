@@ -128,15 +128,15 @@ def _variance(logit):
 
 
 _NATURAL: dict[type, Family] = {
-    dist.Normal: _number(lambda law, eta: law.scale**-2, lambda law, eta: dist.Normal(eta, law.scale)),
-    dist.LogNormal: _number(lambda law, eta: law.scale**-2, lambda law, eta: dist.LogNormal(eta, law.scale)),
+    dist.Normal: _number(lambda law, eta: 1 / law.scale**2, lambda law, eta: dist.Normal(eta, law.scale)),
+    dist.LogNormal: _number(lambda law, eta: 1 / law.scale**2, lambda law, eta: dist.LogNormal(eta, law.scale)),
     dist.StudentT: _number(
         lambda law, eta: (law.df + 1) / ((law.df + 3) * law.scale**2),
         lambda law, eta: dist.StudentT(law.df, eta, law.scale),
     ),
-    dist.Laplace: _number(lambda law, eta: law.scale**-2, lambda law, eta: dist.Laplace(eta, law.scale)),
-    dist.Cauchy: _number(lambda law, eta: law.scale**-2 / 2, lambda law, eta: dist.Cauchy(eta, law.scale)),
-    dist.Logistic: _number(lambda law, eta: law.scale**-2 / 3, lambda law, eta: dist.Logistic(eta, law.scale)),
+    dist.Laplace: _number(lambda law, eta: 1 / law.scale**2, lambda law, eta: dist.Laplace(eta, law.scale)),
+    dist.Cauchy: _number(lambda law, eta: 1 / (2 * law.scale**2), lambda law, eta: dist.Cauchy(eta, law.scale)),
+    dist.Logistic: _number(lambda law, eta: 1 / (3 * law.scale**2), lambda law, eta: dist.Logistic(eta, law.scale)),
     dist.Poisson: _number(lambda law, eta: jnp.exp(eta), lambda law, eta: dist.Poisson(jnp.exp(eta))),
     dist.BernoulliLogits: _BERNOULLI,
     dist.BernoulliProbs: _BERNOULLI,

@@ -49,7 +49,7 @@ _POWER_BATCHES = 8
 
 
 class System(NamedTuple):
-    """A tangent model with a prior, cut into batches; all vectors are whitened weights, several with an axis in front."""
+    """A tangent model with a prior, cut into batches. Vectors are whitened weights, several with an axis in front."""
 
     model: TangentModel
     scale: Weights
@@ -178,7 +178,8 @@ def prior_draws(key: Array, like: Weights, count: int) -> Weights:
 
 
 class Eigenvalues(NamedTuple):
-    r"""Largest eigenvalues of :math:`\frac NB \tilde J_S^\top \Lambda_S \tilde J_S`, which bound the step of a descent."""
+    r"""The largest eigenvalue of :math:`\frac NB \tilde J_S^\top \Lambda_S \tilde J_S`, which bounds the step of a
+    descent."""
 
     mean: Array
     """of its mean over a few minibatches S"""
@@ -231,7 +232,7 @@ def stable_step(system: System, key: Array, momentum: float, coordinates: float)
 
 def dot(x: Weights, y: Weights) -> Array:
     """The inner product of two vectors of weights."""
-    return sum(jnp.vdot(x[k], y[k]) for k in x)
+    return jnp.sum(jnp.stack([jnp.vdot(x[k], y[k]) for k in x]))
 
 
 def dots(x: Weights, y: Weights) -> dict[str, Array]:

@@ -28,32 +28,17 @@ from numpyro.infer.autoguide import AutoContinuous
 from numpyro.primitives import _PYRO_STACK
 from tqdm.auto import tqdm
 
-from numpyro_bdl._arguments import Arguments
 from numpyro_bdl._checks import check_choice, check_integer, check_number
-from numpyro_bdl.guides import checks
 from numpyro_bdl.guides.em import Expectation, expectation, new_noise_scale, new_precisions, whitened_again
-from numpyro_bdl.guides.linear_system import System, make_system
-from numpyro_bdl.guides.normalization import affine_sites, scale_free_layers
+from numpyro_bdl.guides.linear_system import System
 from numpyro_bdl.guides.posterior import LaplacePosterior
-from numpyro_bdl.guides.prior import Prior, clip, diagonal
-from numpyro_bdl.guides.reports import (
-    Progress,
-    count_outputs,
-    postfix,
-    record,
-    statement,
-    warn_if_far,
-    warn_of_scale,
-    warn_of_solution,
-)
+from numpyro_bdl.guides.preparation import PRIORS, prepare
+from numpyro_bdl.guides.prior import Prior
+from numpyro_bdl.guides.reports import Progress, count_outputs, record, statement, warn_of_solution
 from numpyro_bdl.guides.solvers import SGD, ConjugateGradient, DualDescent
-from numpyro_bdl.guides.tangent import TangentModel, families_of
 from numpyro_bdl.potential import Potential
-from numpyro_bdl.probes import normal_priors, output_sites
 
-PRIORS = ("model", "isotropic", "per_site", "per_group", "g")
 _SOLVERS = {"sgd": SGD, "cg": ConjugateGradient, "dual": DualDescent}
-_FEW = 16  # rows by which one layer can be told from another
 
 
 class AutoLinearizedLaplace(AutoContinuous):
@@ -77,8 +62,8 @@ class AutoLinearizedLaplace(AutoContinuous):
         ``"per_site"``: one for each site. ``"per_group"``: one for each of ``groups``. ``"g"``: one, times the diagonal
         of :math:`J^\top \Lambda J`, which gives each feature the same size whatever the scale of its layer.
     :param groups: For ``prior="per_group"``: a predicate of the name of a site for each name of a group.
-    :param noise_site: A latent site that is the scale of a Normal likelihood, or a factor of it, to be learned too. Such
-        sites stay where they were trained otherwise.
+    :param noise_site: A latent site that is the scale of a Normal likelihood, or a factor of it, to be learned too.
+        Such sites stay where they were trained otherwise.
     :param solver: ``"sgd"``, ``"cg"`` (the reference) or ``"dual"``, or a :class:`~numpyro_bdl.guides.SGD`,
         :class:`~numpyro_bdl.guides.ConjugateGradient` or :class:`~numpyro_bdl.guides.DualDescent` with settings.
     :param em_steps: Most EM iterations.
@@ -88,8 +73,8 @@ class AutoLinearizedLaplace(AutoContinuous):
         a predicate of the name of a site. The others stay at their trained values.
     :param freeze: Parameters of networks that are never linearized, a predicate of the name of a site; None for scales
         and biases of normalization layers.
-    :param curvature_at: Where :math:`\Lambda` is taken: ``"map"``, the outputs of the network, or ``"linear"``, those of
-        the mode of the linear model.
+    :param curvature_at: Where :math:`\Lambda` is taken: ``"map"``, the outputs of the network, or ``"linear"``, those
+        of the mode of the linear model.
     :param center: The mean of the samples: ``"map"``, the trained weights, whose prediction is the network's, or
         ``"linear"``, the mode of the linear model under the learned prior.
     :param sample_chunk: Samples that a product works on at a time; None for all. Fewer take less memory.
@@ -130,8 +115,8 @@ class AutoLinearizedLaplace(AutoContinuous):
         >>> bool(f[..., 1].std() > 5 * f[..., 0].std())                    # less is known where there are no data
         True
 
-    **References:** Khan et al., *Approximate inference turns deep networks into Gaussian processes*, NeurIPS 2019; Immer
-    et al., *Improving predictions of Bayesian neural nets via local linearization*, AISTATS 2021; Antorán et al.,
+    **References:** Khan et al., *Approximate inference turns deep networks into Gaussian processes*, NeurIPS 2019;
+    Immer et al., *Improving predictions of Bayesian neural nets via local linearization*, AISTATS 2021; Antorán et al.,
     *Sampling-based inference for large linear models, with application to linearised Laplace*, ICLR 2023.
     """
 
@@ -207,12 +192,17 @@ class AutoLinearizedLaplace(AutoContinuous):
             self._init_locs = {k: z[k] for k in self._init_locs}
             self._init_latent = self._flat(self._init_locs)
 
+    @property
+    def _sites(self) -> dict[str, Any]:
+        assert self.prototype_trace is not None  # set by _setup_prototype
+        return dict(self.prototype_trace)
+
     def _flat(self, z: dict[str, Array]) -> Array:
         """Unconstrained latent sites as the vector of the guide."""
         return jnp.concatenate([jnp.ravel(z[k]) for k in self._init_locs])
 
     def _has_free_parameters(self) -> bool:
-        params = {k: s["value"] for k, s in self.prototype_trace.items() if s["type"] == "param"}
+        params = {k: s["value"] for k, s in self._sites.items() if s["type"] == "param"}
         return any(hasattr(leaf, "dtype") for leaf in jax.tree.leaves(params))
 
     def _samples(self) -> Array | None:
@@ -300,7 +290,7 @@ class AutoLinearizedLaplace(AutoContinuous):
         values = potential.constrain(self._unpack_latent(params[name]), args, kwargs)
         values = {k: jnp.asarray(values[k]) for k in potential.latent}
 
-        system, prior, frozen, clipped = self._prepare(rng_key, potential, values, mutable, args, kwargs, batch_size)
+        system, prior, frozen, clipped = prepare(self, rng_key, potential, values, mutable, args, kwargs, batch_size)
         weights = system.model.weights
         if progress_bar:
             tqdm.write(statement(system, self.num_samples, self.solver.vectors, frozen, prior))
@@ -332,102 +322,8 @@ class AutoLinearizedLaplace(AutoContinuous):
 
     def _pack(self, values: dict[str, Array]) -> Array:
         """Constrained latent sites as the flat vector of the guide."""
-        laws = {k: self.prototype_trace[k]["fn"] for k in values}
+        laws = {k: self._sites[k]["fn"] for k in values}
         return self._flat({k: biject_to(laws[k].support).inv(v) for k, v in values.items()})
-
-    def _prepare(self, key, potential, values, mutable, args, kwargs, batch_size):
-        """The linear system at the trained weights, and its prior."""
-        plate = potential.data_plate({k: p.size for k, p in potential.plates.items()})
-        size = potential.plates[plate].size if plate else 1
-        batch_size = checks.check_batch_size(potential, plate, size, batch_size)
-
-        def sites_of(rows):
-            return potential.run(values, rows, random.key(0), mutable, args, kwargs)
-
-        if plate and batch_size < size:
-            checks.check_cut(sites_of, potential, plate, batch_size)
-        rows = {plate: jnp.arange(batch_size)} if plate else {}
-        checks.check_deterministic(potential, values, rows, mutable, args, kwargs)
-        sites, noise = checks.split_latent(potential, values, rows, mutable, args, kwargs)
-        frozen = tuple(k for k in potential.network if self.freeze(k)) if self.freeze else affine_sites(potential)
-        names = self._linearized(potential, tuple(k for k in sites if k not in frozen))
-        priors = normal_priors(potential)
-        checks.check_priors(names, priors)
-
-        arguments = Arguments(args, kwargs)
-        weights = {k: values[k] for k in names}
-        others = {k: w for k, w in values.items() if k not in names}
-        model = TangentModel(
-            weights=weights,
-            others=others,
-            mutable=mutable,
-            arrays=arguments.arrays(args, kwargs),
-            key=random.fold_in(key, 0),
-            curved_at=None,
-            potential=potential,
-            arguments=arguments,
-            plate=plate,
-            size=size,
-            families=families_of(potential, values, names, rows, mutable, args, kwargs),
-            sample_chunk=self.sample_chunk,
-        )
-        own = {k: (jnp.asarray(priors[k][0]), jnp.asarray(priors[k][1])) for k in names}
-        offset = {k: loc - weights[k] for k, (loc, _) in own.items()}
-        system = make_system(model, {k: scale for k, (_, scale) in own.items()}, offset, batch_size)
-        warn_if_far(system)
-        if self.noise_site is not None:
-            checks.check_noise_site(noise, self.noise_site, system)
-
-        def outputs(weights, mutable):
-            few = {plate: jnp.arange(min(size, _FEW))} if plate and batch_size < size else rows
-            found = potential.run(others | weights, few, random.key(0), mutable, args, kwargs)
-            return jnp.concatenate([f.predictor(k, found[k]).ravel() for k, f in model.families])
-
-        free = scale_free_layers(potential, names, outputs, weights, mutable)
-        prior, clipped = self._first_prior(system, own, free)
-        still = tuple(k for k in potential.network if k not in names)
-        return system._replace(scale=prior.scale), prior, still, clipped
-
-    def _linearized(self, potential: Potential, sites: tuple[str, ...]) -> tuple[str, ...]:
-        if self.weights == "all":
-            names = sites
-        elif callable(self.weights):
-            names = tuple(k for k in sites if self.weights(k))
-        else:
-            names = tuple(k for k in sites if k in output_sites(potential))
-        if not names:
-            raise ValueError(f"params={self.weights!r} selects no weight; there are: {', '.join(sites)}.")
-        return names
-
-    def _first_prior(self, system: System, own: dict, free: dict[str, tuple[str, ...]]) -> tuple[Prior, int]:
-        """The prior that EM starts from: as precise as the model's own, on average over a group."""
-        names = tuple(system.model.weights)
-        unit, clipped = {k: jnp.ones_like(w) for k, w in system.model.weights.items()}, 0
-        if self.prior == "model":
-            precise = {k: jnp.broadcast_to(scale**-2.0, unit[k].shape) for k, (_, scale) in own.items()}
-            if free:
-                warn_of_scale(free, 'prior="per_site" or "g"')
-            return Prior(precise, {"model": names}, {"model": jnp.ones(())}), 0
-        if self.prior == "g":
-            groups = {"g": names}
-            unit, clipped = clip(diagonal(system, self.em_samples))
-            return Prior(unit, groups, {"g": jnp.ones(())}), clipped
-        if self.prior == "per_site":
-            groups = {k: (k,) for k in names}
-        elif self.prior == "isotropic":
-            alone = {k for layer in free.values() for k in layer}
-            rest = tuple(k for k in names if k not in alone)
-            groups = ({"weights": rest} if rest else {}) | free
-        else:
-            groups = _assign(self.groups or {}, names)
-            shared = {k: layer for k, layer in free.items() if not any(set(g) <= set(layer) for g in groups.values())}
-            if shared:
-                warn_of_scale(shared, "groups of their own")
-        alpha = {
-            group: jnp.mean(jnp.concatenate([jnp.ravel(own[k][1]) for k in sites]) ** -2.0)
-            for group, sites in groups.items()
-        }
-        return Prior(unit, groups, alpha), clipped
 
     def _expectation_maximization(self, key, system: System, prior: Prior, progress_bar: bool):
         """EM, and then all samples under the prior that it found."""
@@ -445,7 +341,7 @@ class AutoLinearizedLaplace(AutoContinuous):
                     system, solver, keys, mode, None if last else samples, count, self.curvature_at, bar.report
                 )
                 records.append(record(prior, found, system, self.noise_site))
-                bar.set_postfix_str(postfix(records[-1]))
+                bar.say(records[-1])
                 if last:
                     return found, prior, solved, {k: np.array([r[k] for r in records]) for k in records[0]}
                 if isinstance(solver, SGD) and solver.objective == "auto":
@@ -472,8 +368,8 @@ class AutoLinearizedLaplace(AutoContinuous):
 
 
 _NO_DENSITY = (
-    "The posterior of AutoLinearizedLaplace is known by samples alone: the matrix that its density needs is never formed."
-    " sample_posterior, quantiles and numpyro.infer.Predictive work with the params of what fit returns."
+    "The posterior of AutoLinearizedLaplace is known by samples alone: the matrix that its density needs is never"
+    " formed. sample_posterior, quantiles and numpyro.infer.Predictive work with the params of what fit returns."
 )
 
 
@@ -495,17 +391,3 @@ class _OneOf(dist.Distribution):
 
     def log_prob(self, value):
         raise NotImplementedError(_NO_DENSITY)
-
-
-def _assign(groups: Mapping[str, Callable[[str], bool]], names: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
-    found = {group: tuple(k for k in names if of_group(k)) for group, of_group in groups.items()}
-    for name in names:
-        owners = [group for group, members in found.items() if name in members]
-        if len(owners) != 1:
-            raise ValueError(
-                f"groups must put every weight into one group, but '{name}' is in {' and '.join(owners) or 'none'}."
-            )
-    empty = [group for group, members in found.items() if not members]
-    if empty:
-        raise ValueError(f"groups without a weight: {', '.join(empty)}; the weights are: {', '.join(names)}.")
-    return found

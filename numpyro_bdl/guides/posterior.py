@@ -14,6 +14,7 @@ from jax import Array
 
 from numpyro_bdl.guides.tangent import TangentModel, Weights
 from numpyro_bdl.natural_parameter import without_wrappers
+from numpyro_bdl.potential import Potential
 
 
 @dataclass(frozen=True)
@@ -21,8 +22,8 @@ class LaplacePosterior:
     """The posterior of the tangent of a model. Latent sites are constrained, by name."""
 
     params: dict[str, Any]
-    """the parameters of SVI, with ``<prefix>_samples`` (sample, latent) added: what :class:`numpyro.infer.Predictive` and
-    ``guide.sample_posterior`` take"""
+    """the parameters of SVI, with ``<prefix>_samples`` (sample, latent) added: what :class:`numpyro.infer.Predictive`
+    and ``guide.sample_posterior`` take"""
     loc: dict[str, Array]
     """the trained values"""
     linear_mode: dict[str, Array]
@@ -65,8 +66,8 @@ class LaplacePosterior:
         return {k: w[None] for k, w in self.samples.items()}, mutable
 
 
-class TangentPotential:
-    """A :class:`~numpyro_bdl.potential.Potential` whose runs are those of the tangent model."""
+class TangentPotential(Potential):
+    """The potential of a model, with runs of its tangent in place of its own."""
 
     def __init__(self, model: TangentModel):
         self.tangent = model

@@ -54,7 +54,8 @@ def diagonal(system: System, samples: int) -> Weights:
     probes = -(-_PROBES // model.size)
 
     def of_row(row):
-        batch = model.at(Batch(row[None], jnp.ones(1), jnp.ones(()) / model.size))
+        # observations outside of the plate are met in every row: a share of each square
+        batch = model.at(Batch(row[None], jnp.ones(1), model.size**-0.5 * jnp.ones(())))
         noise = jax.eval_shape(lambda: batch.noise(1))
         outputs = sum(e.size for e in noise.values())
         if outputs <= probes:

@@ -12,29 +12,38 @@ from jax import Array
 from tqdm.auto import tqdm
 
 from numpyro_bdl.guides.em import Expectation
-from numpyro_bdl.guides.linear_system import System, dot, energy_and_gradient, noise_gradients
+from numpyro_bdl.guides.linear_system import System, dot, energy_and_gradient
 from numpyro_bdl.guides.prior import Prior
-from numpyro_bdl.guides.tangent import Batch
+from numpyro_bdl.guides.tangent import Batch, Weights
 
 _UNSOLVED = 0.05
 _BAR = "{desc}: {percentage:3.0f}%|{bar}| [{elapsed}<{remaining}{postfix}]"
 
 
-class Progress(tqdm):
+class Progress:
     """A bar over E-steps, each of which reports the share that it has done."""
 
     def __init__(self, steps: int, shown: bool):
-        super().__init__(total=100 * steps, disable=not shown, bar_format=_BAR)
-        self._done = 0
+        self._bar, self._done = tqdm(total=100 * steps, disable=not shown, bar_format=_BAR), 0
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._bar.close()
 
     def begin(self, step: int, steps: int) -> None:
         """Start a step; the last one samples."""
-        self.total, self._done = 100 * (steps + 1), 100 * step
-        self.set_description("sample" if step == steps else f"EM {step + 1}/{steps}")
+        self._bar.total, self._done = 100 * (steps + 1), 100 * step
+        self._bar.set_description("sample" if step == steps else f"EM {step + 1}/{steps}")
 
     def report(self, share: float) -> None:
         """Show the share of the step that is done."""
-        self.update(self._done + round(100 * share) - self.n)
+        self._bar.update(self._done + round(100 * share) - self._bar.n)
+
+    def say(self, line: dict[str, Any]) -> None:
+        """Show a line of the history beside the bar."""
+        self._bar.set_postfix_str(_postfix(line))
 
 
 def statement(system: System, num_samples: int, vectors: int, frozen: tuple[str, ...], prior: Prior) -> str:
@@ -69,8 +78,7 @@ def record(prior: Prior, found: Expectation, system: System, noise_site: str | N
     return line
 
 
-def postfix(line: dict[str, Any]) -> str:
-    """The line of the history beside the bar."""
+def _postfix(line: dict[str, Any]) -> str:
     shown = ", ".join(f"{a:.3g}" for a in line["prior_precision"][:3])
     more = ", ..." if len(line["prior_precision"]) > 3 else ""
     dimension = sum(line["effective_dimension"])
@@ -92,19 +100,22 @@ def count_outputs(system: System) -> float:
     return sum(batch)
 
 
-def warn_if_far(system: System) -> None:
-    """Warn where the gradient at the trained weights is larger than it would be at a draw from the posterior."""
+def warn_if_far(system: System, probe: Weights) -> None:
+    """Warn where the gradient at the trained weights is larger than it would be at a draw from the posterior.
+
+    :param probe: Noise gradients.
+    """
     start = jax.tree.map(lambda d, s: -d / s, system.offset, system.scale)
     _, gradient = energy_and_gradient(system, start)
-    probe = noise_gradients(system, 4)
+    count = len(jax.tree.leaves(probe)[0])
     size = sum(w.size for w in start.values())
     norm: Array = jnp.sqrt(dot(gradient, gradient))
-    typical = jnp.sqrt(size + dot(probe, probe) / 4)
+    typical = jnp.sqrt(size + dot(probe, probe) / count)
     if norm > typical:
         warnings.warn(
-            f"The weights are far from an optimum: their gradient, in units of the prior, has the norm {norm:.3g}, and at"
-            f" a draw from the posterior it would be {typical:.3g}. The tangent at them may say little of the network;"
-            " train for longer.",
+            f"The weights are far from an optimum: their gradient, in units of the prior, has the norm {norm:.3g}, and"
+            f" at a draw from the posterior it would be {typical:.3g}. The tangent at them may say little of the"
+            " network; train for longer.",
             stacklevel=4,
         )
 
@@ -122,8 +133,9 @@ def warn_of_solution(found: Expectation, system: System) -> None:
     """Warn of systems that are not solved, and of models that interpolate."""
     if not found.residual < _UNSOLVED:
         warnings.warn(
-            f"The linear systems of the samples are not solved: their residual is {found.residual:.2g} of the right-hand"
-            f" sides (expected below {_UNSOLVED}). Take more steps, or a smaller step_size if it is above 1.",
+            f"The linear systems of the samples are not solved: their residual is {found.residual:.2g} of the"
+            f" right-hand sides (expected below {_UNSOLVED}). Take more steps, or a smaller step_size if it is above"
+            " 1.",
             stacklevel=3,
         )
     outputs, dimension = count_outputs(system), float(sum(found.dimension.values()))

@@ -88,8 +88,8 @@ class TangentModel:
             kept = {name: (sites[name]["fn"], sites[name]["value"], sites[name]["scale"]) for name in eta}
             return eta, kept
 
-        eta, jvp, kept = jax.linearize(function, self.weights, has_aux=True)
-        pull = jax.linear_transpose(jvp, self.weights)
+        eta, push, kept = jax.linearize(function, self.weights, has_aux=True)
+        pull = jax.linear_transpose(push, self.weights)
         of_plate = self.size / len(batch.rows)
         sites = {}
         for name, family in self.families:
@@ -97,13 +97,15 @@ class TangentModel:
             shape = law.shape()
             shape = shape[: len(shape) - without_wrappers(law).event_dim]
             weight = jnp.broadcast_to(_factor(law, scale, shape), shape)
-            if axes[name] is None:
-                weight = weight * batch.rest
-            else:
-                rows_last = (-1,) + (1,) * (len(shape) - axes[name] - 1)
-                weight = weight / of_plate * batch.weight.reshape(rows_last)
-            sites[name] = Observations(family, without_wrappers(law), value, weight, axes[name])
-        return Linearization(self, batch, eta, jvp, lambda u: pull(u)[0], sites)
+            share, axis = batch.rest, axes[name]
+            if axis is not None:
+                weight = weight / of_plate
+                share = _over(batch.weight, len(shape) - axis - 1)
+            sites[name] = Observations(family, without_wrappers(law), value, weight, share, axis)
+        # products keep the precision of the weights and of the network, which may be less than that of the noise
+        jvp = lambda v: push(jax.tree.map(_cast, v, self.weights))
+        vjp = lambda u: pull(jax.tree.map(_cast, u, eta))[0]
+        return Linearization(self, batch, eta, jvp, vjp, sites)
 
     def curved(self, displacement: Weights) -> "TangentModel":
         """The same model with the curvature of the likelihood taken at displaced weights."""
@@ -125,7 +127,9 @@ class Observations(NamedTuple):
     value: Any
     """the observed values; None where the model is only to predict"""
     weight: Array
-    """how much each counts: row weight, ``handlers.scale`` and mask"""
+    """how often each is observed: ``handlers.scale`` and mask, a part of the likelihood"""
+    share: Array
+    """what the batch multiplies each by, in sums over rows: broadcasts against weight"""
     row_axis: int | None
     """the axis of the rows of the data plate"""
 
@@ -150,32 +154,32 @@ class Linearization:
         return jax.tree.map(jnp.add, self.eta, self.jvp(displacement))
 
     def curvature(self, u: dict[str, Array]) -> dict[str, Array]:
-        """The weighted curvature of the likelihood times an array of outputs."""
-        return {name: self._weighted(name, self._curvature[name].product(u[name])) for name in u}
+        """The share of the curvature of the likelihood times an array of outputs."""
+        return {k: self._times(k, self._curvature[k].product(u[k]), 1.0, 1) for k in u}
 
     def factor(self, eps: dict[str, Array]) -> dict[str, Array]:
-        """A factor of the weighted curvature times noise."""
-        return {name: self._weighted(name, self._curvature[name].factor(eps[name]), 0.5) for name in eps}
+        """The share of the factor of the curvature times noise."""
+        return {k: self._times(k, self._curvature[k].factor(eps[k]), 0.5, 1) for k in eps}
 
     def transposed(self, u: dict[str, Array]) -> dict[str, Array]:
-        """The transposed factor times an array of outputs."""
-        return {name: self._weighted(name, self._curvature[name].transposed(u[name]), 0.5) for name in u}
+        """The transposed factor times an array of outputs: an array of noise, of which no share is taken."""
+        return {k: self._times(k, self._curvature[k].transposed(u[k]), 0.5, 0) for k in u}
 
     def product(self, v: Weights) -> Weights:
         r""":math:`J^\top \\Lambda J v`."""
         return self.vjp(self.curvature(self.jvp(v)))
 
     def log_likelihood(self, outputs: dict[str, Array]) -> Array:
-        """The weighted log likelihood of the batch at given outputs."""
+        """The share of the log likelihood at given outputs."""
         total = jnp.zeros(())
         for name, site in self.sites.items():
             log_prob = site.family.rebuild(site.law, outputs[name]).log_prob(site.value)
-            # a mask takes observations out that may be NaN
-            total += jnp.sum(jnp.where(site.weight > 0, site.weight * log_prob, 0.0))
+            # a mask takes observations out that may be outside of the support
+            total += jnp.sum(jnp.where(site.weight > 0, site.weight * site.share * log_prob, 0.0))
         return total
 
     def score(self, outputs: dict[str, Array]) -> dict[str, Array]:
-        """Gradient of the weighted log likelihood in the outputs."""
+        """Its gradient in the outputs."""
         return jax.grad(self.log_likelihood)(outputs)
 
     def noise(self, count: int) -> dict[str, Array]:
@@ -200,9 +204,14 @@ class Linearization:
         keys = jax.vmap(lambda key: random.split(random.fold_in(key, 1), within))(self._row_keys(n, site))
         return keys[0] if axis is None else jnp.moveaxis(keys, 0, axis)
 
-    def _weighted(self, name: str, u: Array, power: float = 1.0) -> Array:
-        weight = self.sites[name].weight ** power
+    def _times(self, name: str, u: Array, power: float, shares: int) -> Array:
+        site = self.sites[name]
+        weight = site.weight**power * site.share**shares
         return u * _over(weight, u.ndim - weight.ndim)
+
+
+def _cast(value: Array, like: Array) -> Array:
+    return value.astype(like.dtype)
 
 
 def _without(shape: tuple[int, ...], axis: int | None) -> tuple[int, ...]:

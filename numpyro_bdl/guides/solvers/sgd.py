@@ -13,7 +13,8 @@ With S a minibatch of B of the N rows, the gradients of the two quadratics of
     g_{L'}(x) = \frac NB \tilde J_S^\top \Lambda_S \tilde J_S x + x - b.
 
 Only :math:`L_S \epsilon_S` occurs in them, so that a singular :math:`\Lambda` needs no jitter. At the optimum the
-variance of the first, less that of the second, is, for one row and :math:`M = \sum_i M_i = \tilde J^\top \Lambda \tilde J`,
+variance of the first, less that of the second, is, for one row and
+:math:`M = \sum_i M_i = \tilde J^\top \Lambda \tilde J`,
 
 .. math::
 
@@ -112,8 +113,8 @@ class SGD:
                 return solution
             if self.step_size is not None:
                 raise ValueError(
-                    f"SGD: step_size={self.step_size:g} diverged. A step that the eigenvalues of a few minibatches allow is"
-                    f" {stable:.3g}; step_size=None takes that."
+                    f"SGD: step_size={self.step_size:g} diverged. A step that the eigenvalues of a few minibatches"
+                    f" allow is {stable:.3g}; step_size=None takes that."
                 )
             step_size = step_size / 4
             warnings.warn(f"SGD diverged, and begins again with the step size {step_size:.3g}.", stacklevel=6)
@@ -162,8 +163,9 @@ def _advance(solver: SGD, kind: str, system: System, problem, state: Descent, ke
                 g = jax.tree.map(lambda g, x, b: g + x - b, g, state.x, problem.total)
         optimizer = _optimizer(solver, step_size * jnp.minimum(1.0, 2 - 2 * i / solver.steps), state.x)
         update, optimizer_state = jax.vmap(optimizer.update)(g, state.optimizer)
-        x = optax.apply_updates(state.x, update)
-        return Descent(x, optax.incremental_update(x, state.average, averaging), optimizer_state)
+        x = jax.tree.map(jnp.add, state.x, update)
+        average = jax.tree.map(lambda m, x: m + averaging * (x - m), state.average, x)
+        return Descent(x, average, optimizer_state)
 
     return lax.fori_loop(first, last, step, state)
 
