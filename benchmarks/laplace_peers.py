@@ -6,8 +6,8 @@
     peers-venv/bin/python benchmarks/laplace_peers.py METHOD PROBLEM.npz ANSWER.npz
 
 It imports neither numpyro_bdl nor NumPyro. The problem holds the weights by site, x, y, x_test and the prior precision;
-the answer the variances (row, class) of the linearized outputs, seconds to fit and to predict, compilation included, seconds
-of the processor with the import of the library, and the growth of the peak memory since the problem was loaded.
+the answer the variances (row, class) of the linearized outputs, seconds to fit and to predict, compilation included,
+seconds of the processor with the import of the library, and the growth of the peak memory since the problem was loaded.
 """
 
 import os
