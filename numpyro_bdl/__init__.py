@@ -7,6 +7,7 @@ from importlib.metadata import version as _version
 
 from numpyro_bdl import detection as detection
 from numpyro_bdl import diagnostics as diagnostics
+from numpyro_bdl import flatness as flatness
 from numpyro_bdl import guides as guides
 from numpyro_bdl import metrics as metrics
 from numpyro_bdl import mmd as mmd
@@ -14,6 +15,7 @@ from numpyro_bdl import preconditioners as preconditioners
 from numpyro_bdl import pruning as pruning
 from numpyro_bdl import symmetry as symmetry
 from numpyro_bdl import uncertainty as uncertainty
+from numpyro_bdl.citations import cite as cite
 from numpyro_bdl.datatree import to_datatree as to_datatree
 from numpyro_bdl.guides import AutoLinearizedLaplace as AutoLinearizedLaplace
 from numpyro_bdl.inclusion import inclusion_probabilities as inclusion_probabilities

@@ -11,6 +11,7 @@ from jax import Array, random
 from numpyro.infer import MCMC
 from xarray import DataTree
 
+from numpyro_bdl.guides.posterior import LaplacePosterior
 from numpyro_bdl.predictive import PosteriorPredictive, anchors, bad_chains, positions
 from numpyro_bdl.repulsion import warn_if_inert
 
@@ -18,7 +19,7 @@ PROBES = 64
 
 
 def to_datatree(
-    mcmc: MCMC,
+    mcmc: MCMC | LaplacePosterior,
     *,
     probe: tuple | None = None,
     sites: tuple[str, ...] | None = None,
@@ -48,7 +49,9 @@ def to_datatree(
     The particles of an ensemble are its chains; if the run kept only their last positions (``num_samples=1``), they are
     the draws of one chain.
 
-    :param mcmc: A run of any kernel of this package; or of NUTS or HMC on a model without frozen parameters.
+    :param mcmc: A run of any kernel of this package; or of NUTS or HMC on a model without frozen parameters; or the
+        posterior of :class:`~numpyro_bdl.AutoLinearizedLaplace`, whose samples are the draws of one chain, and whose
+        function is that of the tangent model.
     :param probe: Arguments of the model at which to evaluate its function; None for 64 rows of the run, evenly spaced.
     :param sites: Sites of the function, observed or deterministic; None for every observed site.
     :param log_likelihood: Add the log likelihood of each row, for :func:`arviz.loo`.
@@ -88,30 +91,33 @@ def to_datatree(
     predictive = PosteriorPredictive(mcmc, draw_chunk=draw_chunk, data_chunk=data_chunk)
     potential = predictive.potential
     hidden = () if weights else potential.network
-    stats = mcmc.get_extra_fields(group_by_chain=True)
+    of_guide = isinstance(mcmc, LaplacePosterior)
+    draws = mcmc.draws()[0] if of_guide else positions(mcmc)
+    stats = {} if of_guide else mcmc.get_extra_fields(group_by_chain=True)
     if "repulsion_ratio" in stats:
         warn_if_inert(stats["repulsion_ratio"])
 
     groups: dict[str, tuple] = {}
-    groups["posterior"] = ({k: v for k, v in positions(mcmc).items() if k not in hidden}, {}, {})
-    if "z_anchor" in stats:
+    groups["posterior"] = ({k: v for k, v in draws.items() if k not in hidden}, {}, {})
+    if isinstance(mcmc, MCMC) and "z_anchor" in stats:
         groups["anchor"] = ({k: v for k, v in anchors(mcmc, potential).items() if k not in hidden}, {}, {})
     groups["sample_stats"] = ({k: v for k, v in stats.items() if not isinstance(v, (dict, tuple))}, {}, {})
     groups["functions"] = _functions(predictive, probe, sites, model_kwargs)
     if log_likelihood:
         groups["log_likelihood"] = (predictive.log_likelihood(**model_kwargs), *_row_dims(predictive))
     if posterior_predictive:
-        draws = predictive.sample(random.key(0) if rng_key is None else rng_key, **model_kwargs)
-        groups["posterior_predictive"] = (draws, *_row_dims(predictive))
+        replicates = predictive.sample(random.key(0) if rng_key is None else rng_key, **model_kwargs)
+        groups["posterior_predictive"] = (replicates, *_row_dims(predictive))
 
-    if hasattr(mcmc.sampler, "_tree_groups"):
-        own = mcmc.sampler._tree_groups(mcmc)
+    kernel = None if of_guide else mcmc.sampler
+    if hasattr(kernel, "_tree_groups"):
+        own = kernel._tree_groups(mcmc)
         if "inclusion" in own:
             data, *rest = own["inclusion"]
             own["inclusion"] = ({k: v for k, v in data.items() if k not in hidden}, *rest)
         groups |= own
 
-    if getattr(mcmc.sampler, "is_ensemble_kernel", False) and predictive.batch_shape[1] == 1:
+    if getattr(kernel, "is_ensemble_kernel", False) and predictive.batch_shape[1] == 1:
         # without a history the particles are the draws
         groups = {
             name: ({k: np.swapaxes(v, 0, 1) for k, v in data.items()}, *rest) for name, (data, *rest) in groups.items()
@@ -122,7 +128,10 @@ def to_datatree(
     if observed:
         datasets["observed_data"] = _dataset(observed, *_row_dims(predictive), sample_dims=[])
     tree = DataTree.from_dict(datasets)
-    tree.attrs.update(_attributes(mcmc))
+    import numpyro
+
+    tree.attrs.update({"inference_library": "numpyro", "inference_library_version": numpyro.__version__})
+    tree.attrs.update(mcmc.attributes() if of_guide else _attributes(mcmc))
     return tree
 
 
@@ -171,14 +180,8 @@ def _name(kernel: Any) -> str:
 
 
 def _attributes(mcmc: MCMC) -> dict[str, Any]:
-    import numpyro
-
     kernel = mcmc.sampler
-    attributes: dict[str, Any] = {
-        "inference_library": "numpyro",
-        "inference_library_version": numpyro.__version__,
-        "kernel": _name(kernel),
-    }
+    attributes: dict[str, Any] = {"kernel": _name(kernel)}
     ensemble = getattr(kernel, "is_ensemble_kernel", False)
     temperature = None if ensemble else getattr(kernel, "_temperature", None)
     if temperature is not None and not callable(temperature):

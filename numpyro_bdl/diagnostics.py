@@ -10,7 +10,14 @@ different copies of one network, and the R-hat of a weight tells only that. What
   draws is it worth, wherever it is?
 - :func:`variances`: how far chains are apart, beside how far each travels, by layer;
 - :func:`function_summary`: R-hat and ESS of the functions, on which the symmetries don't act;
+- :func:`function_spread`: do the draws differ at all, or has the sampler become an optimizer?
 - :func:`unmixed_chains`: chains whose predictions are far worse than those of the others.
+
+What a stochastic-gradient sampler adds to the posterior, and no R-hat shows, is in
+
+- :func:`half_step` and :func:`step_bias`: does the law of the functions change at half the step?
+- :func:`gradient_noise`: minibatch noise beside the noise that the kernel injects;
+- :func:`configurational_temperature` and :func:`kinetic_temperature`: the temperature at which the chain really is.
 
 Data is a run; its DataTree; arrays (chain, draw, ...) by name; or one array. R-hat and ESS are those of ArviZ, which is
 loaded when it is needed.
@@ -28,6 +35,18 @@ from jaxtyping import Bool, Float, Int
 
 from numpyro_bdl._checks import check_integer, check_number
 from numpyro_bdl._draws import flatten, read_draws
+from numpyro_bdl._effective_temperature import EffectiveTemperature as EffectiveTemperature
+from numpyro_bdl._effective_temperature import Estimate as Estimate
+from numpyro_bdl._effective_temperature import configurational_temperature as configurational_temperature
+from numpyro_bdl._effective_temperature import kinetic_temperature as kinetic_temperature
+from numpyro_bdl._function_spread import THRESHOLD, relative_spread, warn_of_still_chains
+from numpyro_bdl._function_spread import FunctionSpread as FunctionSpread
+from numpyro_bdl._function_spread import function_spread as function_spread
+from numpyro_bdl._gradient_noise import GradientNoise as GradientNoise
+from numpyro_bdl._gradient_noise import gradient_noise as gradient_noise
+from numpyro_bdl._step_bias import StepBias as StepBias
+from numpyro_bdl._step_bias import half_step as half_step
+from numpyro_bdl._step_bias import step_bias as step_bias
 
 
 def chainwise_rhat(
@@ -141,6 +160,8 @@ class FunctionSummary(NamedTuple):
     """smallest bulk ESS of all chains together"""
     chainwise_ess_min: float
     """smallest sum of the ESS of each chain alone"""
+    spread_min: float
+    """smallest :func:`function_spread` of a chain, of all values together"""
 
 
 def function_summary(data: Any, *, threshold: float = 1.1, segments: int = 4) -> FunctionSummary:
@@ -153,7 +174,8 @@ def function_summary(data: Any, *, threshold: float = 1.1, segments: int = 4) ->
         ``functions``; or a run, for its functions at 64 of its rows.
     :param threshold: R-hat below which a value counts as mixed, above 1.
     :param segments: As of :func:`chainwise_rhat`.
-    :return: The numbers; values that are the same in every draw, as a logit fixed at 0, are left out.
+    :return: The numbers; values that are the same in every draw, as a logit fixed at 0, are left out. A warning tells
+        of chains whose functions hardly differ from draw to draw, see :func:`function_spread`.
     :raises ValueError: for shapes that don't fit, a single chain, or values that are not finite.
 
     **Example**
@@ -183,6 +205,8 @@ def function_summary(data: Any, *, threshold: float = 1.1, segments: int = 4) ->
     with np.errstate(divide="ignore"):  # chains that don't move
         rhat = arviz.rhat(values, chain_axis=0, draw_axis=1)
     within = chainwise_rhat(values, segments=segments)["posterior"]
+    relative = relative_spread({"functions": values})
+    warn_of_still_chains(relative, relative < THRESHOLD, THRESHOLD)
     return FunctionSummary(
         values=len(rhat),
         rhat_median=float(np.median(rhat)),
@@ -191,6 +215,7 @@ def function_summary(data: Any, *, threshold: float = 1.1, segments: int = 4) ->
         chainwise_rhat_max=float(np.nan_to_num(within, nan=np.inf).max()),
         ess_min=float(arviz.ess(values, chain_axis=0, draw_axis=1).min()),
         chainwise_ess_min=float(chainwise_ess(values)["posterior"].min()),
+        spread_min=float(relative.min()),
     )
 
 

@@ -60,5 +60,5 @@ def natural_parameter(name: str, site: dict) -> Array:
             " sites=() to do without."
         )
     if isinstance(base, (dist.CategoricalLogits, dist.CategoricalProbs)):
-        shape = (*shape, value.shape[-1])
+        shape = (*shape, jnp.shape(value)[-1])
     return jnp.broadcast_to(value, shape)

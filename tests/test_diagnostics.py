@@ -179,10 +179,30 @@ def test_function_summary_has_the_numbers_of_arviz():
     assert diagnostics.function_summary(fixed) == summary
 
 
+def test_function_summary_of_chains_with_known_rhat_and_ess():
+    """Chain means of variance t make R-hat^2 = 1 + t, as all draws together are Gaussian; AR(1) has a known ESS."""
+    rng, chains, draws, size, spread, decay = np.random.default_rng(9), 60, 100, 10, 0.5, 0.5
+    apart = np.sqrt(spread) * rng.normal(size=(chains, 1, size)) + rng.normal(size=(chains, draws, size))
+    summary = diagnostics.function_summary(apart)
+    of_one_value = spread * np.sqrt(2 / (chains - 1))
+    assert abs(summary.rhat_median**2 - (1 + spread)) < 4 * of_one_value * np.sqrt(np.pi / 2 / size)
+
+    path = [rng.normal(size=(4, size))]
+    for _ in range(1000 - 1):
+        path.append(decay * path[-1] + np.sqrt(1 - decay**2) * rng.normal(size=(4, size)))
+    path = np.stack(path, 1)
+    each = np.array([diagnostics.function_summary(path[..., [n]]).ess_min for n in range(size)])
+    exact = 4 * 1000 * (1 - decay) / (1 + decay)
+    assert abs(each.mean() - exact) < 4 * each.std(ddof=1) / np.sqrt(size)
+    assert diagnostics.function_summary(path).ess_min == pytest.approx(each.min())
+
+
 def test_function_summary_of_a_chain_that_does_not_move():
     functions = np.random.default_rng(7).normal(size=(4, 100, 5))
     functions[2] = functions[2, :1]
-    summary = diagnostics.function_summary(functions)
+    with pytest.warns(UserWarning, match=r"1 of 4 chains hardly differ from draw to draw, .*: 2 \("):
+        summary = diagnostics.function_summary(functions)
+    assert summary.spread_min < 1e-12
     assert summary.chainwise_rhat_max == np.inf
     assert summary.chainwise_ess_min < 301
 

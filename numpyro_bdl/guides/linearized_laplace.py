@@ -177,6 +177,7 @@ class AutoLinearizedLaplace(AutoContinuous):
         self.weights, self.freeze = params, freeze
         self.curvature_at, self.center, self.sample_chunk = curvature_at, center, sample_chunk
         self._own_initializers = init_loc_fn is None
+        self._last: tuple[Potential, list, Any] | None = None
         super().__init__(model, prefix=prefix, init_loc_fn=init_loc_fn or numpyro.infer.init_to_uniform)
 
     # ---- as a guide -----------------------------------------------------------------------------------------------
@@ -185,6 +186,7 @@ class AutoLinearizedLaplace(AutoContinuous):
         super()._setup_prototype(*args, **kwargs)
         if self._own_initializers:
             key = numpyro.prng_key()
+            assert key is not None  # NumPyro's own prototype has asked for one
             with handlers.block():
                 # parameters without a prior are SVI's to train
                 potential = Potential(self.model, args, kwargs, frozen="*" if self._has_free_parameters() else ())
@@ -277,7 +279,7 @@ class AutoLinearizedLaplace(AutoContinuous):
         :warns UserWarning: for weights far from their optimum, linear systems that are not solved, a model that
             interpolates its data, groups that share a prior with layers that have no scale.
         """
-        potential = Potential(self.model, args, kwargs, params=params)
+        potential = self._potential_of(params, args, kwargs)
         mutable = potential.collections(params)
         if self.prototype_trace is None:
             with handlers.seed(rng_seed=0):
@@ -287,7 +289,8 @@ class AutoLinearizedLaplace(AutoContinuous):
             raise ValueError(
                 f"params must hold '{name}', as SVI trained it with this guide; they hold: {list(params)}."
             )
-        values = potential.constrain(self._unpack_latent(params[name]), args, kwargs)
+        z: Any = self._unpack_latent(params[name])
+        values = potential.constrain(z, args, kwargs)
         values = {k: jnp.asarray(values[k]) for k in potential.latent}
 
         system, prior, frozen, clipped = prepare(self, rng_key, potential, values, mutable, args, kwargs, batch_size)
@@ -319,6 +322,21 @@ class AutoLinearizedLaplace(AutoContinuous):
             system=system,
             arguments=(args, kwargs),
         )
+
+    def _potential_of(self, params: Mapping[str, Any], args: tuple, kwargs: dict) -> Potential:
+        """The potential of a model at its data; if they are those of the last call its own, with its programs."""
+        leaves = jax.tree.leaves((args, kwargs))
+        if self._last is not None:
+            potential, before, structure = self._last
+            same = structure == jax.tree.structure((args, kwargs))
+            if same and all(a is b for a, b in zip(leaves, before, strict=True)) and not potential.frozen:
+                return potential
+        potential = Potential(self.model, args, kwargs, params=params)
+        self._last = potential, leaves, jax.tree.structure((args, kwargs))
+        return potential
+
+    def __getstate__(self):
+        return super().__getstate__() | {"_last": None}
 
     def _pack(self, values: dict[str, Array]) -> Array:
         """Constrained latent sites as the flat vector of the guide."""
@@ -389,5 +407,5 @@ class _OneOf(dist.Distribution):
     def expand(self, batch_shape):
         return dist.ExpandedDistribution(self, batch_shape)
 
-    def log_prob(self, value):
+    def log_prob(self, value, intermediates=None):
         raise NotImplementedError(_NO_DENSITY)

@@ -65,6 +65,16 @@ class LaplacePosterior:
         mutable = jax.tree.map(lambda w: jnp.broadcast_to(w, (1, count, *jnp.shape(w))), self.system.model.mutable)
         return {k: w[None] for k, w in self.samples.items()}, mutable
 
+    def attributes(self) -> dict[str, Any]:
+        """What a tree says of it."""
+        precisions = {f"prior_precision {group}": a for group, a in self.prior_precision.items()}
+        found = {
+            "guide": "AutoLinearizedLaplace",
+            "effective_dimension": self.effective_dimension,
+            "residual": self.residual,
+        }
+        return found | precisions
+
 
 class TangentPotential(Potential):
     """The potential of a model, with runs of its tangent in place of its own."""

@@ -193,6 +193,20 @@ def test_predictions_are_those_of_the_tangent(classified):
     assert predictive.sample(random.key(0), X)["y"].shape == (1, 200, 20)
 
 
+def test_a_tree_for_arviz(classified):
+    import arviz as az
+
+    _, _, posterior = classified
+    tree = bdl.to_datatree(posterior, log_likelihood=True, posterior_predictive=True)
+    assert {"functions", "log_likelihood", "posterior_predictive", "observed_data"} <= set(tree.children)
+    assert tree["functions"]["y"].dims == ("chain", "draw", "point", "output")
+    assert tree["functions"]["y"].shape == (1, 200, 20, 3)
+    np.testing.assert_array_equal(tree["observed_data"]["y"], LABELS)
+    assert tree.attrs["guide"] == "AutoLinearizedLaplace"
+    assert tree.attrs["effective_dimension"] == posterior.effective_dimension
+    assert np.isfinite(az.loo(tree).elpd)
+
+
 def test_predictive_of_numpyro_draws_from_the_samples(classified):
     guide, params, posterior = classified
     draws = Predictive(classifier, guide=guide, params=posterior.params, num_samples=50)
