@@ -34,7 +34,6 @@ import contextlib
 import csv
 import math
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -54,6 +53,8 @@ import numpyro
 import numpyro.distributions as dist
 import optax
 from jax import lax, random
+from laplace_peers import memory as memory_of_process
+from laplace_peers import start_peak
 from numpyro.contrib.module import random_flax_module
 from numpyro.infer import SVI, Trace_ELBO
 from scipy import linalg, ndimage, optimize
@@ -223,7 +224,7 @@ def trained(network: Net, steps: int, data=digits) -> dict[str, Any]:
     return params
 
 
-def fit(network: Net, params: dict, rows: Data, key: int = 1, batch_size: int | None = None, **settings):
+def fit(network: Net, params: dict, rows: Data, /, key: int = 1, batch_size: int | None = None, **settings):
     guide = guide_of(network, **settings)
     return guide.fit(random.key(key), params, rows.x, rows.y, batch_size=batch_size, progress_bar=False)
 
@@ -739,20 +740,19 @@ def shift(quick: bool) -> None:
     methods = {
         "MAP": None,
         "last layer, EM": {"prior": "isotropic", "params": "last_layer"},
-        "isotropic, fixed": {"prior": "model"},
         "isotropic, EM": {"prior": "isotropic"},
         "g, EM": {"prior": "g"},
     }
     angles = (0, 90) if quick else (0, 15, 30, 45, 60, 90, 120, 150, 180)
     turned = {a: np.float32(ndimage.rotate(rows.x_test, a, (1, 2), reshape=False, order=1)) for a in angles}
     table, posterior = [], None
-    solver = SGD(steps=50 if quick else 300)
+    solver = SGD(steps=50 if quick else 200)
     for method, settings in methods.items():
         with Clock() as clock, warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
             if settings:
                 posterior = fit(
-                    network, params, rows, batch_size=100, solver=solver, num_samples=64, em_steps=6, **settings
+                    network, params, rows, batch_size=100, solver=solver, num_samples=32, em_steps=4, **settings
                 )
         about = {}
         if settings:
@@ -879,8 +879,7 @@ def ours(method: str, problem: str, answer: str) -> None:
     rows, (solver, batch) = digits(), OURS[method]
     with np.load(problem) as file:
         params, x_test = {"auto_loc": jnp.asarray(file["auto_loc"])}, file["x_test"]
-    peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
-    start, begin, processor = peak(), time.perf_counter(), time.process_time()
+    start, begin, processor = start_peak(), time.perf_counter(), time.process_time()
     posterior = fit(Net(), params, rows, batch_size=batch, prior="model", solver=solver, num_samples=32)
     fitted = time.perf_counter()
     logits = bdl.PosteriorPredictive(posterior, progress_bar=False).functions(x_test)["y"][0].astype(float)
@@ -892,7 +891,7 @@ def ours(method: str, problem: str, answer: str) -> None:
         variances=variances,
         fit_s=fitted - begin,
         predict_s=end - fitted,
-        peak_mb=peak() - start,
+        peak_mb=memory_of_process("VmHWM") - start,
         processor_s=time.process_time() - processor,
         compiling_s=_COMPILING["total"],
         load=os.getloadavg()[0],
@@ -921,7 +920,7 @@ def peers(python: str | None, limit: float) -> None:
             **weights,
         )
         for method in (*PEERS, *OURS):
-            command = [python, str(here / "laplace_peers.py"), method, problem, answer]
+            command = [python, "-P", str(here / "laplace_peers.py"), method, problem, answer]
             if method in OURS:  # last
                 command = [sys.executable, __file__, "--ours", method, problem, answer]
             row = {"method": method}
@@ -930,7 +929,7 @@ def peers(python: str | None, limit: float) -> None:
             except subprocess.TimeoutExpired:
                 row["outcome"] = f"stopped after {limit:.0f} s"
             except subprocess.CalledProcessError as error:
-                row["outcome"] = "failed: " + error.stderr.strip().splitlines()[-1][:200]
+                row["outcome"] = (error.stderr.strip().splitlines() or ["failed"])[-1][:200]
             else:
                 with np.load(answer) as found:
                     found = dict(found)
