@@ -56,7 +56,8 @@ def statement(system: System, num_samples: int, vectors: int, frozen: tuple[str,
     lines = [
         f"AutoLinearizedLaplace: {size:,} weights in {len(weights)} sites, {num_samples} samples:"
         f" {state:,.0f} MiB for the solver's vectors, about three times that while its programs run, {kept:,.0f} MiB"
-        f" for the samples, besides the activations of {system.batch_size} rows for each sample that is worked on at a time.",
+        f" for the samples, besides the activations of {system.batch_size} rows for each sample that is worked on at a"
+        " time.",
     ]
     if len(prior.groups) > 1:
         lines.append(f"A precision for each of: {', '.join(prior.groups)}.")
