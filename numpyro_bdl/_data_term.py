@@ -16,6 +16,7 @@ from numpyro.infer import MCMC
 from numpyro_bdl._at_draws import check_run, unconstrained_draws
 from numpyro_bdl._checks import check_finite_data, check_integer, named_arguments
 from numpyro_bdl.potential import Position, Potential
+from numpyro_bdl.probes import can_be_cut
 
 
 def data_term(
@@ -96,7 +97,7 @@ def likelihood_energy(potential: Potential, row_chunk: int | None, model_kwargs:
     check_integer("data_term", "row_chunk", row_chunk)
     plate = potential.data_plate({name: plate.size for name, plate in potential.plates.items()})
     size = potential.plates[plate].size if plate else 0
-    if plate is None or not _can_be_cut(potential, plate, min(row_chunk, size), args, kwargs):
+    if plate is None or not can_be_cut(potential, plate, min(row_chunk, size), args, kwargs):
         raise ValueError(
             f"data_term: the model can't be cut into chunks of {row_chunk} rows: inside the plate of the observed sites"
             " take the rows of every array by numpyro.subsample(array, event_dim=...); or give row_chunk=None."
@@ -115,23 +116,3 @@ def likelihood_energy(potential: Potential, row_chunk: int | None, model_kwargs:
         return total
 
     return energy
-
-
-def _can_be_cut(potential: Potential, plate: str, rows: int, args: tuple, kwargs: dict) -> bool:
-    """Whether all observed sites in the plate shrink to the rows given."""
-
-    def values(key):
-        z, mutable = potential.initial(key)
-        draw = potential.constrain(z, args, kwargs)
-        sites = potential.run(draw, {plate: jnp.arange(rows)}, key, mutable, args, kwargs)
-        return {
-            name: jnp.zeros(sites[name]["fn"].batch_shape)
-            for name, plates in potential.observed.items()
-            if plate in plates
-        }
-
-    try:
-        shapes = jax.eval_shape(values, random.key(0))
-    except (ValueError, TypeError):
-        return False
-    return all(x.shape[potential.observed[name].index(plate)] == rows for name, x in shapes.items())

@@ -261,3 +261,20 @@ def function_of(potential: Potential, inputs: tuple | None = None, rows: int = 6
     except (ValueError, TypeError):
         shrinks = False
     return cut if shrinks else every
+
+
+def can_be_cut(potential: Potential, plate: str, rows: int, args: tuple, kwargs: dict) -> bool:
+    """Whether all observed sites in a plate shrink to so many rows of it, abstractly (no flops)."""
+
+    def values(key):
+        z, mutable = potential.initial(key)
+        draw = potential.constrain(z, args, kwargs)
+        sites = potential.run(draw, {plate: jnp.arange(rows)}, key, mutable, args, kwargs)
+        inside = [name for name, plates in potential.observed.items() if plate in plates]
+        return {name: sites[name]["fn"].log_prob(sites[name]["value"]) for name in inside}
+
+    try:
+        shapes = jax.eval_shape(values, random.key(0))
+    except (ValueError, TypeError):
+        return False
+    return all(x.shape[potential.observed[name].index(plate)] == rows for name, x in shapes.items())

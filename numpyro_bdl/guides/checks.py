@@ -15,10 +15,11 @@ from jax import Array, random
 from numpyro_bdl.guides.em import log_scales
 from numpyro_bdl.guides.likelihoods import is_natural, parameters_of
 from numpyro_bdl.guides.linear_system import System
-from numpyro_bdl.guides.tangent import Batch, row_axis
+from numpyro_bdl.guides.tangent import Batch
 from numpyro_bdl.natural_parameter import without_wrappers
 from numpyro_bdl.noise import normal
 from numpyro_bdl.potential import Potential
+from numpyro_bdl.probes import can_be_cut
 
 _OWNER = "AutoLinearizedLaplace"
 _KEYS = 4  # a few units may be dropped alike by two keys
@@ -45,25 +46,12 @@ def check_batch_size(potential: Potential, plate: str | None, size: int, batch_s
     return int(batch_size)
 
 
-def check_cut(sites_of, potential: Potential, plate: str, batch_size: int) -> None:
+def check_cut(potential: Potential, plate: str, batch_size: int, args: tuple, kwargs: dict) -> None:
     """Refuse a model that shows all of its rows whatever the plate is given.
 
-    :param sites_of: The trace for ``(rows)``, to be evaluated abstractly.
     :raises ValueError: with what to write.
     """
-    axes: dict[str, Any] = {}
-
-    def shapes(rows):
-        sites = sites_of({plate: rows})
-        axes.update({name: row_axis(sites[name], plate) for name in potential.observed})
-        return {name: sites[name]["fn"].log_prob(sites[name]["value"]) for name in potential.observed}
-
-    try:
-        found = jax.eval_shape(shapes, jnp.arange(batch_size))
-        right = all(axis is None or found[name].shape[axis] == batch_size for name, axis in axes.items())
-    except (ValueError, TypeError):
-        right = False
-    if not right:
+    if not can_be_cut(potential, plate, batch_size, args, kwargs):
         raise ValueError(
             f"{_OWNER}: the model can't be cut into batches of {batch_size} rows of its plate '{plate}'; inside the"
             " plate, take the rows of every array by numpyro.subsample(array, event_dim=...), or give no batch_size."

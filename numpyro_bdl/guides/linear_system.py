@@ -31,7 +31,8 @@ Laplace*, ICLR 2023; Lin et al., *Sampling from Gaussian process posteriors usin
 NeurIPS 2023.
 """
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -46,6 +47,7 @@ from numpyro_bdl.noise import normal
 
 _POWER_ITERATIONS = 10
 _POWER_BATCHES = 8
+_REPORTS = 20
 
 
 class System(NamedTuple):
@@ -80,11 +82,11 @@ class System(NamedTuple):
         return jax.tree.map(jnp.add, self.whiten(x), self.offset)
 
     def product(self, batch: Linearization, x: Weights) -> Weights:
-        r""":math:`\\tilde J^\\top \\Lambda \\tilde J x` of a batch, for one x."""
+        r""":math:`\tilde J^\top \Lambda \tilde J x` of a batch, for one x."""
         return self.whiten(batch.product(self.whiten(x)))
 
     def noise_gradient(self, batch: Linearization, count: int) -> Weights:
-        r""":math:`\\tilde J^\\top L \\epsilon` of a batch, for ``count`` samples."""
+        r""":math:`\tilde J^\top L \epsilon` of a batch, for ``count`` samples."""
         return self.model.map(lambda eps: self.whiten(batch.vjp(batch.factor(eps))), batch.noise(count))
 
 
@@ -139,13 +141,13 @@ def sum_over_batches(system: System, function: Callable[[Linearization], Any]) -
 
 @jax.jit
 def products(system: System, x: Weights) -> Weights:
-    r""":math:`\\tilde J^\\top \\Lambda \\tilde J x` over all rows, for several x."""
+    r""":math:`\tilde J^\top \Lambda \tilde J x` over all rows, for several x."""
     return sum_over_batches(system, lambda batch: system.model.map(partial(system.product, batch), x))
 
 
 @partial(jax.jit, static_argnums=1)
 def noise_gradients(system: System, count: int) -> Weights:
-    r""":math:`\\tilde J^\\top L \\epsilon` over all rows, for ``count`` samples, by one pass."""
+    r""":math:`\tilde J^\top L \epsilon` over all rows, for ``count`` samples, by one pass."""
     return sum_over_batches(system, lambda batch: system.noise_gradient(batch, count))
 
 
@@ -228,6 +230,12 @@ def stable_step(system: System, key: Array, momentum: float, coordinates: float)
     mean, batch = largest_eigenvalues(system, key)
     scatter = jnp.maximum(batch + coordinates - mean - 1, 0.0)
     return 1 / (1 + mean + scatter / (2 * (1 - momentum)))
+
+
+def stretches(steps: int) -> Iterator[tuple[int, int]]:
+    """The stretches of a descent, after each of which it reports: first step, and the one behind its last."""
+    ends = [steps * n // _REPORTS for n in range(_REPORTS + 1)]
+    return itertools.pairwise(ends)
 
 
 def dot(x: Weights, y: Weights) -> Array:

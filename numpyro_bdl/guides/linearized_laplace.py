@@ -35,6 +35,7 @@ from tqdm.auto import tqdm
 from numpyro_bdl._checks import check_choice, check_integer, check_number
 from numpyro_bdl.guides.em import Expectation, expectation, new_noise_scale, new_precisions, whitened_again
 from numpyro_bdl.guides.linear_system import System
+from numpyro_bdl.guides.one_of import NO_DENSITY, OneOf
 from numpyro_bdl.guides.posterior import LaplacePosterior
 from numpyro_bdl.guides.preparation import PRIORS, prepare
 from numpyro_bdl.guides.prior import Prior
@@ -227,19 +228,15 @@ class AutoLinearizedLaplace(AutoContinuous):
     def _get_posterior(self):
         loc = numpyro.param(f"{self.prefix}_loc", self._init_latent)
         samples = self._samples()
-        return dist.Delta(loc, event_dim=1) if samples is None else _OneOf(samples)
+        return dist.Delta(loc, event_dim=1) if samples is None else OneOf(samples)
 
     def get_base_dist(self):
         """Refused: the samples have no density."""
-        raise NotImplementedError(_NO_DENSITY)
+        raise NotImplementedError(NO_DENSITY)
 
     def get_transform(self, params):
         """Refused: the samples have no density."""
-        raise NotImplementedError(_NO_DENSITY)
-
-    def get_posterior(self, params):
-        """Refused: the samples have no density."""
-        raise NotImplementedError(_NO_DENSITY)
+        raise NotImplementedError(NO_DENSITY)
 
     def median(self, params: dict) -> dict[str, Array]:
         """The trained values.
@@ -401,29 +398,3 @@ class AutoLinearizedLaplace(AutoContinuous):
             prior = prior._replace(alpha=alpha)
         system = system._replace(model=replace(model, curved_at=None), scale=prior.scale)
         return system, prior, whitened_again(mode, before, system.scale), change
-
-
-_NO_DENSITY = (
-    "The posterior of AutoLinearizedLaplace is known by samples alone: the matrix that its density needs is never"
-    " formed. sample_posterior, quantiles and numpyro.infer.Predictive work with the params of what fit returns."
-)
-
-
-class _OneOf(dist.Distribution):
-    """One of the given samples, with replacement."""
-
-    support = dist.constraints.real_vector
-    pytree_data_fields = ("samples",)
-
-    def __init__(self, samples: Array, *, validate_args: bool | None = None):
-        self.samples = samples
-        super().__init__((), samples.shape[1:], validate_args=validate_args)
-
-    def sample(self, key, sample_shape=()):
-        return self.samples[random.randint(key, sample_shape, 0, len(self.samples))]
-
-    def expand(self, batch_shape):
-        return dist.ExpandedDistribution(self, batch_shape)
-
-    def log_prob(self, value, intermediates=None):
-        raise NotImplementedError(_NO_DENSITY)

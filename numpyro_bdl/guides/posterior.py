@@ -10,13 +10,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpyro.distributions as dist
 from jax import Array, random
 from jax.flatten_util import ravel_pytree
 
-from numpyro_bdl.guides.linear_system import Problem
+from numpyro_bdl.guides.likelihoods import Family
+from numpyro_bdl.guides.linear_system import Problem, System
 from numpyro_bdl.guides.solvers.cg import ConjugateGradient
 from numpyro_bdl.guides.tangent import TangentModel, Weights
-from numpyro_bdl.natural_parameter import without_wrappers
 from numpyro_bdl.potential import Potential
 
 
@@ -51,8 +52,9 @@ class LaplacePosterior:
     clipped: int
     """weights whose unit of the g-prior was raised, since the outputs hardly depend on them"""
     history: dict[str, np.ndarray]
-    """per E-step: precision, effective dimension and size of each group (step, group), noise scale, residual"""
-    system: Any = field(repr=False)
+    """per E-step: precision, effective dimension and norm of the mode in prior standard deviations, each
+    (step, group), noise scale, and residual"""
+    system: System = field(repr=False)
     """the linear system of the samples"""
     arguments: tuple[tuple, dict] = field(repr=False)
     """the data: arguments of the model"""
@@ -162,8 +164,12 @@ class TangentPotential(Potential):
         return sites
 
 
-def _at(law, family, eta: Array):
-    """A distribution with its wrappers, at another natural parameter."""
-    inner = without_wrappers(law)
-    moved = family.rebuild(inner, eta)
-    return moved.to_event(law.event_dim - inner.event_dim)
+def _at(law: dist.Distribution, family: Family, eta: Array) -> dist.Distribution:
+    """A distribution, in its wrappers, at another natural parameter, which has been expanded already."""
+    if isinstance(law, dist.MaskedDistribution):
+        return _at(law.base_dist, family, eta).mask(jnp.asarray(law._mask))
+    if isinstance(law, dist.Independent):
+        return _at(law.base_dist, family, eta).to_event(law.reinterpreted_batch_ndims)
+    if isinstance(law, dist.ExpandedDistribution):
+        return _at(law.base_dist, family, eta)
+    return family.rebuild(law, eta)

@@ -37,13 +37,10 @@ def prepare(
     size = potential.plates[plate].size if plate else 1
     batch_size = checks.check_batch_size(potential, plate, size, batch_size)
 
-    def sites_of(rows):
-        return potential.run(values, rows, random.key(0), mutable, args, kwargs)
-
     # the g-prior looks at one row at a time
     smallest = 1 if guide.prior == "g" else batch_size
     if plate and smallest < size:
-        checks.check_cut(sites_of, potential, plate, smallest)
+        checks.check_cut(potential, plate, smallest, args, kwargs)
     rows = {plate: jnp.arange(batch_size)} if plate else {}
     checks.check_deterministic(potential, values, rows, mutable, args, kwargs)
     sites, noise = checks.split_latent(potential, values, rows, mutable, args, kwargs)

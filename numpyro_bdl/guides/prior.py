@@ -13,6 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.flatten_util import ravel_pytree
 
 from numpyro_bdl.guides.linear_system import System
 from numpyro_bdl.guides.tangent import Batch, Weights
@@ -59,13 +60,8 @@ def diagonal(system: System, samples: int) -> Weights:
         noise = jax.eval_shape(lambda: batch.noise(1))
         outputs = sum(e.size for e in noise.values())
         if outputs <= probes:
-            flat = jnp.eye(outputs, dtype=jax.tree.leaves(model.weights)[0].dtype)
-            ends = [0]
-            eps = {}
-            for name, e in noise.items():
-                eps[name] = flat[:, ends[-1] : ends[-1] + e.size].reshape(outputs, *e.shape[1:])
-                ends.append(ends[-1] + e.size)
-            share = 1.0
+            _, unravel = ravel_pytree({name: jnp.zeros(e.shape[1:], e.dtype) for name, e in noise.items()})
+            eps, share = jax.vmap(unravel)(jnp.eye(outputs, dtype=jnp.result_type(*noise.values()))), 1.0
         else:
             eps, share = batch.noise(probes), 1 / probes
 

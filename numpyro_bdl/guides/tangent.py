@@ -174,7 +174,7 @@ class Linearization:
         return {k: self._times(k, self._curvature[k].transposed(u[k]), 0.5, 0) for k in u}
 
     def product(self, v: Weights) -> Weights:
-        r""":math:`J^\top \\Lambda J v`."""
+        r""":math:`J^\top \Lambda J v`."""
         return self.vjp(self.curvature(self.jvp(v)))
 
     def log_likelihood(self, outputs: dict[str, Array]) -> Array:

@@ -32,7 +32,7 @@ from problems import (
     system_of,
     trained,
 )
-from test_linear_system import unit_vectors
+from test_linear_system import several_sites, unit_vectors
 
 import numpyro_bdl as bdl
 from numpyro_bdl.guides import ConjugateGradient
@@ -201,6 +201,19 @@ def test_covariance_of_few_points_in_closed_form(classified):
     assert found.shape == (4, 3, 4, 3)
     expected = jacobian @ covariance(posterior.system) @ jacobian.T
     np.testing.assert_allclose(found.reshape(12, 12), expected, rtol=1e-6, atol=1e-9)
+
+
+def test_masks_and_scales_stay_with_predictions():
+    """As of any run: a masked row has no log likelihood, and ``handlers.scale`` does not enter it."""
+    targets, counts = 0.3 * X[:, 1], random.poisson(random.key(1), 1.0, (20,))
+    guide = bdl.AutoLinearizedLaplace(several_sites, prior="model", solver=CG, num_samples=3)
+    posterior = guide.fit(random.key(0), {"auto_loc": jnp.full(1, 0.1)}, X, targets, counts, progress_bar=False)
+    found = bdl.PosteriorPredictive(posterior).log_likelihood()
+    slope = np.asarray(posterior.samples["slope"])[:, None]
+    expected = dist.Normal(slope * X[:, 1], 0.5).log_prob(targets)
+    np.testing.assert_allclose(found["target"][0], np.where(X[:, 1] > 0, expected, 0), rtol=1e-6)
+    np.testing.assert_allclose(found["count"][0], dist.Poisson(jnp.exp(slope * X[:, 0])).log_prob(counts), rtol=1e-5)
+    assert found["outside"].shape == (1, 3)
 
 
 def test_a_tree_for_arviz(classified):

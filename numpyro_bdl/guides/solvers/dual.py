@@ -31,11 +31,9 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from numpyro_bdl._checks import check_integer, check_number
-from numpyro_bdl.guides.linear_system import Problem, System, stable_step
+from numpyro_bdl.guides.linear_system import Problem, System, stable_step, stretches
 from numpyro_bdl.guides.solvers.newton import newton
 from numpyro_bdl.guides.tangent import Batch, Linearization, Weights
-
-_REPORTS = 20
 
 
 class Dual(NamedTuple):
@@ -86,12 +84,9 @@ class DualDescent:
         if step_size is None:
             step_size = stable_step(system, key, self.momentum, system.model.size / system.batch_size)
         state = _start(system, problem)
-        done = 0
-        for n in range(_REPORTS):
-            until = self.steps * (n + 1) // _REPORTS
-            state = _advance(self, system, problem, state, key, step_size, done, until)
-            done = until
-            report(done / self.steps)
+        for first, last in stretches(self.steps):
+            state = _advance(self, system, problem, state, key, step_size, first, last)
+            report(last / self.steps)
         return jax.tree.map(jnp.add, problem.prior, state.average)
 
     def mode(self, system: System, start: Weights, key: Array, report=lambda done: None) -> Weights:

@@ -34,10 +34,9 @@ import optax
 from jax import Array, lax
 
 from numpyro_bdl._checks import check_integer, check_number
-from numpyro_bdl.guides.linear_system import Problem, System, mode_gradient, stable_step
+from numpyro_bdl.guides.linear_system import Problem, System, mode_gradient, stable_step, stretches
 from numpyro_bdl.guides.tangent import Weights
 
-_REPORTS = 20
 _FAR = 1e4  # of a mode from the prior mean, in prior standard deviations
 
 
@@ -105,8 +104,8 @@ class SGD:
         return jax.tree.map(lambda w: w[0], solution)
 
     def _descend(self, kind: str, system: System, problem: Problem | None, start: Weights, key, report) -> Weights:
-        stable = stable_step(system, key, self.momentum, 1.0)
-        step_size = stable if self.step_size is None else jnp.asarray(self.step_size)
+        stable = partial(stable_step, system, key, self.momentum, 1.0)
+        step_size = stable() if self.step_size is None else jnp.asarray(self.step_size)
         while True:
             solution = self._try(kind, system, problem, start, key, step_size, report)
             if solution is not None:
@@ -114,7 +113,7 @@ class SGD:
             if self.step_size is not None:
                 raise ValueError(
                     f"SGD: step_size={self.step_size:g} diverged. A step that the eigenvalues of a few minibatches"
-                    f" allow is {stable:.3g}; step_size=None takes that."
+                    f" allow is {stable():.3g}; step_size=None takes that."
                 )
             step_size = step_size / 4
             warnings.warn(f"SGD diverged, and begins again with the step size {step_size:.3g}.", stacklevel=6)
@@ -123,14 +122,12 @@ class SGD:
         """The solution, or None when the descent leaves the ball that it lies in."""
         # H is at least the identity, so that no solution is longer than its right-hand side
         bound = 10 * _norm(start if problem is None else problem.total) + _FAR * (problem is None)
-        state, done = _start(self, start), 0
-        for n in range(_REPORTS):
-            until = self.steps * (n + 1) // _REPORTS
-            state = _advance(self, kind, system, problem, state, key, step_size, done, until)
+        state = _start(self, start)
+        for first, last in stretches(self.steps):
+            state = _advance(self, kind, system, problem, state, key, step_size, first, last)
             if not _norm(state.x) < bound:
                 return None
-            done = until
-            report(done / self.steps)
+            report(last / self.steps)
         return state.average
 
 
@@ -148,9 +145,11 @@ def _start(solver: SGD, x: Weights) -> Descent:
 def _advance(solver: SGD, kind: str, system: System, problem, state: Descent, key, step_size, first, last) -> Descent:
     averaging = min(1.0, 100 / solver.steps) if solver.averaging is None else solver.averaging
 
+    count = len(jax.tree.leaves(state.x)[0])
+    total = None if problem is None else problem.total
+
     def step(i, state: Descent) -> Descent:
         batch = system.model.at(system.minibatch(key, i))
-        count = len(jax.tree.leaves(state.x)[0])
         if kind == "mode":
             g = system.model.map(partial(mode_gradient, system, batch), state.x)
             g = jax.tree.map(lambda g, x: g + x, g, state.x)
@@ -160,7 +159,7 @@ def _advance(solver: SGD, kind: str, system: System, problem, state: Descent, ke
                 noise = system.noise_gradient(batch, count)
                 g = jax.tree.map(lambda g, x, e, p: g - e + x - p, g, state.x, noise, problem.prior)
             else:
-                g = jax.tree.map(lambda g, x, b: g + x - b, g, state.x, problem.total)
+                g = jax.tree.map(lambda g, x, b: g + x - b, g, state.x, total)
         optimizer = _optimizer(solver, step_size * jnp.minimum(1.0, 2 - 2 * i / solver.steps), state.x)
         update, optimizer_state = jax.vmap(optimizer.update)(g, state.optimizer)
         x = jax.tree.map(jnp.add, state.x, update)
