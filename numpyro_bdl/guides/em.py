@@ -29,7 +29,7 @@ for large linear models, with application to linearised Laplace*, ICLR 2023.
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -42,7 +42,7 @@ from numpyro_bdl.guides.linear_system import (
     dots,
     noise_gradients,
     prior_draws,
-    products,
+    products_and_residuals,
     sum_over_batches,
 )
 from numpyro_bdl.guides.prior import Prior
@@ -53,8 +53,8 @@ from numpyro_bdl.natural_parameter import without_wrappers
 class Expectation(NamedTuple):
     """What an E-step leaves, in whitened weights."""
 
-    mode: Weights
-    """mode of the linear model, counted from the prior mean"""
+    mode: Any
+    """mode of the linear model, counted from the prior mean; None if it was not asked for"""
     samples: Weights
     """zero-mean samples, (sample, ...)"""
     dimension: dict[str, Array]
@@ -64,30 +64,29 @@ class Expectation(NamedTuple):
 
 
 def expectation(
-    system: System, solver, keys: tuple[Array, Array], mode: Weights, samples: Weights | None, count: int,
+    system: System, solver, keys: tuple[Array, Array], mode: Weights | None, samples: Weights | None, count: int,
     curvature_at: str, report,
 ) -> tuple[Expectation, System]:  # fmt: skip
     """The mode and the samples of the linear model under a prior.
 
     :param solver: Solves for both.
     :param keys: PRNG keys of the prior noise and of the minibatches; the same in every iteration.
-    :param mode: Where to begin the mode.
+    :param mode: Where to begin the mode; None for none.
     :param samples: Where to begin the samples; None for the prior draws.
     :return: The expectation, and the system that the samples solve.
     """
     noise_key, batch_key = keys
-    mode = solver.mode(system, mode, batch_key, lambda done: report(done / 2))
-    if curvature_at == "linear":
-        system = system._replace(model=system.model.curved(system.displacement(mode)))
+    if mode is not None:
+        mode = solver.mode(system, mode, batch_key, lambda done: report(done / 2))
+        if curvature_at == "linear":
+            system = system._replace(model=system.model.curved(system.displacement(mode)))
     draws = prior_draws(noise_key, system.model.weights, count)
     problem = Problem(draws, noise_gradients(system, count), noisy=True)
     start = draws if samples is None else samples
     samples = solver.solve(system, problem, start, batch_key, lambda done: report(0.5 + done / 2))
-    curved = products(system, samples)
-    missing = jax.tree.map(lambda x, m, b: x + m - b, samples, curved, problem.total)
-    residual = jnp.sqrt(_total(dots(missing, missing)) / _total(dots(problem.total, problem.total)))
+    curved, residuals = products_and_residuals(system, problem, samples)
     dimension = {name: jnp.mean(d) for name, d in dots(samples, curved).items()}
-    return Expectation(mode, samples, dimension, jnp.max(residual)), system
+    return Expectation(mode, samples, dimension, jnp.max(residuals)), system
 
 
 def new_precisions(prior: Prior, found: Expectation) -> dict[str, Array]:
@@ -163,7 +162,3 @@ def log_scales(batch: Linearization, site: str) -> Callable[[Array], dict[str, A
         }
 
     return logs
-
-
-def _total(parts: dict[str, Array]) -> Array:
-    return jnp.sum(jnp.stack(list(parts.values())), 0)

@@ -31,8 +31,7 @@ Laplace*, ICLR 2023; Lin et al., *Sampling from Gaussian process posteriors usin
 NeurIPS 2023.
 """
 
-import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -47,7 +46,6 @@ from numpyro_bdl.noise import normal
 
 _POWER_ITERATIONS = 10
 _POWER_BATCHES = 8
-_REPORTS = 20
 
 
 class System(NamedTuple):
@@ -145,6 +143,14 @@ def products(system: System, x: Weights) -> Weights:
     return sum_over_batches(system, lambda batch: system.model.map(partial(system.product, batch), x))
 
 
+@jax.jit
+def products_and_residuals(system: System, problem: Problem, x: Weights) -> tuple[Weights, Array]:
+    r""":func:`products`, and the relative residual :math:`\|H x - b\| / \|b\|` of each x."""
+    curved, b = products(system, x), problem.total
+    missing = jax.tree.map(lambda x, m, b: x + m - b, x, curved, b)
+    return curved, jnp.sqrt(_total(dots(missing, missing)) / _total(dots(b, b)))
+
+
 @partial(jax.jit, static_argnums=1)
 def noise_gradients(system: System, count: int) -> Weights:
     r""":math:`\tilde J^\top L \epsilon` over all rows, for ``count`` samples, by one pass."""
@@ -232,12 +238,6 @@ def stable_step(system: System, key: Array, momentum: float, coordinates: float)
     return 1 / (1 + mean + scatter / (2 * (1 - momentum)))
 
 
-def stretches(steps: int) -> Iterator[tuple[int, int]]:
-    """The stretches of a descent, after each of which it reports: first step, and the one behind its last."""
-    ends = [steps * n // _REPORTS for n in range(_REPORTS + 1)]
-    return itertools.pairwise(ends)
-
-
 def dot(x: Weights, y: Weights) -> Array:
     """The inner product of two vectors of weights."""
     return jnp.sum(jnp.stack([jnp.vdot(x[k], y[k]) for k in x]))
@@ -246,3 +246,7 @@ def dot(x: Weights, y: Weights) -> Array:
 def dots(x: Weights, y: Weights) -> dict[str, Array]:
     """By site, the inner products of several vectors, (vector,)."""
     return {k: jnp.sum((x[k] * y[k]).reshape(len(x[k]), -1), -1) for k in x}
+
+
+def _total(parts: dict[str, Array]) -> Array:
+    return jnp.sum(jnp.stack(list(parts.values())), 0)

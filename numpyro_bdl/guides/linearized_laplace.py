@@ -313,15 +313,17 @@ class AutoLinearizedLaplace(AutoContinuous):
         found, prior, system, history = self._expectation_maximization(rng_key, system, prior, progress_bar)
         warn_of_solution(found, system)
 
-        mode = {k: weights[k] + d for k, d in system.displacement(found.mode).items()}
-        mean = weights if self.center == "map" else mode
+        mode = None
+        if found.mode is not None:
+            mode = {k: weights[k] + d for k, d in system.displacement(found.mode).items()}
+        mean = weights if mode is None or self.center == "map" else mode
         samples = {k: mean[k] + z for k, z in system.whiten(found.samples).items()}
         every = {k: jnp.broadcast_to(w, (self.num_samples, *w.shape)) for k, w in system.model.others.items()} | samples
         every = {k: every[k] for k in potential.latent}
         return LaplacePosterior(
             params=dict(params) | {f"{self.prefix}_samples": jax.vmap(self._pack)(every)},
             loc=values,
-            linear_mode=system.model.others | mode,
+            linear_mode=None if mode is None else system.model.others | mode,
             samples=every,
             prior_precision={k: float(a) for k, a in prior.alpha.items()},
             prior_unit=prior.unit,
@@ -358,8 +360,9 @@ class AutoLinearizedLaplace(AutoContinuous):
 
     def _expectation_maximization(self, key, system: System, prior: Prior, progress_bar: bool):
         """EM, and then all samples under the prior that it found."""
-        mode = jax.tree.map(lambda d, s: -d / s, system.offset, system.scale)  # the trained weights
-        solver, samples, records = self.solver, None, []
+        solver, samples, mode, records = self.solver, None, None, []
+        if self._learns or "linear" in (self.center, self.curvature_at):
+            mode = jax.tree.map(lambda d, s: -d / s, system.offset, system.scale)  # begins at the trained weights
         steps = self.em_steps if self._learns else 0
         with Progress(steps + 1, progress_bar) as bar:
             for step in itertools.count():

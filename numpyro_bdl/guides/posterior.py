@@ -30,8 +30,9 @@ class LaplacePosterior:
     and ``guide.sample_posterior`` take"""
     loc: dict[str, Array]
     """the trained values"""
-    linear_mode: dict[str, Array]
-    """the mode of the linear model under the final prior; the trained values of sites that are not linearized"""
+    linear_mode: dict[str, Array] | None
+    """the mode of the linear model under the final prior, and the trained values of sites that are not linearized;
+    None where neither EM nor a setting needs it"""
     samples: dict[str, Array]
     """posterior samples, (sample, ...)"""
     prior_precision: dict[str, float]
@@ -52,8 +53,8 @@ class LaplacePosterior:
     clipped: int
     """weights whose unit of the g-prior was raised, since the outputs hardly depend on them"""
     history: dict[str, np.ndarray]
-    """per E-step: precision, effective dimension and norm of the mode in prior standard deviations, each
-    (step, group), noise scale, and residual"""
+    """per E-step: precision, effective dimension and norm of the mode (if there is one) in prior standard deviations,
+    each (step, group), noise scale, and residual"""
     system: System = field(repr=False)
     """the linear system of the samples"""
     arguments: tuple[tuple, dict] = field(repr=False)

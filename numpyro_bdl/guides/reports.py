@@ -72,9 +72,10 @@ def record(prior: Prior, found: Expectation, system: System, noise_site: str | N
     line: dict[str, Any] = {
         "prior_precision": [float(prior.alpha[group]) for group, _ in groups],
         "effective_dimension": [float(sum(found.dimension[k] for k in names)) for _, names in groups],
-        "mode_norm": [float(jnp.sqrt(sum(jnp.sum(found.mode[k] ** 2) for k in names))) for _, names in groups],
         "residual": float(found.residual),
     }
+    if found.mode is not None:
+        line["mode_norm"] = [float(jnp.sqrt(sum(jnp.sum(found.mode[k] ** 2) for k in names))) for _, names in groups]
     if noise_site is not None:
         line["noise_scale"] = jax.device_get(system.model.others[noise_site])
     return line

@@ -37,6 +37,7 @@ from numpyro_bdl.guides.linear_system import (
     noise_gradients,
     prior_draws,
     products,
+    products_and_residuals,
     stable_step,
 )
 from numpyro_bdl.guides.prior import diagonal
@@ -186,9 +187,9 @@ def test_diagonal_of_the_g_prior(network, rows, tolerance):
 
 EXACT = {
     "cg": ConjugateGradient(tolerance=1e-13),
-    "sgd, transformed": SGD(steps=3000, objective="transformed", averaging=1.0),
-    "sgd, original": SGD(steps=3000, objective="original", averaging=1.0),
-    "dual": DualDescent(steps=3000),
+    "sgd, transformed": SGD(steps=6000, tolerance=1e-14, objective="transformed", averaging=1.0),
+    "sgd, original": SGD(steps=6000, tolerance=1e-14, objective="original", averaging=1.0),
+    "dual": DualDescent(steps=6000, tolerance=1e-14),
 }
 
 
@@ -209,12 +210,14 @@ def test_dual_descent_on_minibatches_converges_to_rounding():
     problem = problem_of(system, 3)
     found, expected = (
         flat(solver.solve(system, problem, problem.prior, random.key(0)))
-        for solver in (DualDescent(steps=8000), ConjugateGradient(tolerance=1e-13))
+        for solver in (DualDescent(steps=8000, tolerance=1e-14), ConjugateGradient(tolerance=1e-13))
     )
     np.testing.assert_allclose(found, expected, atol=1e-10)
 
 
-@pytest.mark.parametrize("solver", [ConjugateGradient(tolerance=1e-12), DualDescent(steps=4000)], ids=["cg", "dual"])
+@pytest.mark.parametrize(
+    "solver", [ConjugateGradient(tolerance=1e-12), DualDescent(steps=4000, tolerance=1e-14)], ids=["cg", "dual"]
+)
 def test_singular_curvature_needs_no_jitter(network, solver):
     values, jacobian, curvature, _ = network
     system = system_of(classifier, values, X, LABELS)
@@ -286,6 +289,32 @@ def test_sgd_gradients_of_minibatches_are_those_of_the_equations(objective):
     else:
         gradient += x - flat(problem.total)
     np.testing.assert_allclose(found, x - 1e-3 * gradient, atol=1e-12)
+
+
+@pytest.mark.parametrize(("solver", "kind"), [(SGD, "samples"), (SGD, "mode"), (DualDescent, "samples")])
+def test_a_descent_stops_where_its_residual_is_small(solver, kind):
+    """In rounds of 100, 100, 200, 400, ... steps; the first that is good enough is the last."""
+    system = system_of(regression, {"w": jnp.zeros(P)}, FEATURES, TARGETS, batch_size=14)
+    problem = problem_of(system, 3)
+    zero = jax.tree.map(jnp.zeros_like, {"w": problem.prior["w"][0]})
+    steps, residuals = [], []
+    for tolerance in (0.3, 0.05, 1e-13):
+        shares = []
+        settings = solver(steps=3000, tolerance=tolerance)
+        if kind == "samples":
+            x = settings.solve(system, problem, problem.prior, random.key(0), shares.append)
+            residuals.append(float(products_and_residuals(system, problem, x)[1].max()))
+        else:
+            x = settings.mode(system, zero, random.key(0), shares.append)
+            here, at_zero = (np.linalg.norm(energy_and_gradient(system, at)[1]["w"]) for at in (x, zero))
+            residuals.append(here / at_zero)
+        assert shares[-1] == 1.0
+        steps.append(round(3000 * max(share for share in [0.0, *shares] if share < 1)))
+        assert residuals[-1] < tolerance or steps[-1] == 2860
+    assert residuals == sorted(residuals, reverse=True)
+    assert steps[0] == 100
+    assert steps[1] in (100, 200, 400, 800, 1600)
+    assert steps[2] > steps[0]
 
 
 def test_a_diverging_step_is_found_early():

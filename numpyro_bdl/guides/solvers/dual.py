@@ -31,8 +31,9 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from numpyro_bdl._checks import check_integer, check_number
-from numpyro_bdl.guides.linear_system import Problem, System, stable_step, stretches
+from numpyro_bdl.guides.linear_system import Problem, System, products_and_residuals, stable_step
 from numpyro_bdl.guides.solvers.newton import newton
+from numpyro_bdl.guides.solvers.rounds import rounds, stretches
 from numpyro_bdl.guides.tangent import Batch, Linearization, Weights
 
 
@@ -53,21 +54,26 @@ class Dual(NamedTuple):
 class DualDescent:
     r"""Stochastic dual descent: for few rows or many weights. It holds an unknown per observed output and sample.
 
-    :param steps: Steps for each solution.
+    It goes on in rounds, each as long as all before it, until the residual is small.
+
+    :param steps: Most steps for a solution.
+    :param tolerance: Residual at which to stop, that of the primal system, relative to the right-hand side.
     :param step_size: :math:`\beta`; None for one that the eigenvalues of a few minibatches allow,
         :func:`~numpyro_bdl.guides.linear_system.stable_step`.
     :param momentum: :math:`\rho`.
-    :param averaging: Weight of a new iterate in the geometric average; None for 100 / steps, since the noise of this
-        descent vanishes at its solution.
+    :param averaging: Weight of a new iterate in the geometric average; None for 100 by the steps of a
+        round, since the noise of this descent vanishes at its solution.
     """
 
-    steps: int = 1000
+    steps: int = 5000
+    tolerance: float = 0.02
     step_size: float | None = None
     momentum: float = 0.9
     averaging: float | None = None
 
     def __post_init__(self):
         check_integer("DualDescent", "steps", self.steps)
+        check_number("DualDescent", "tolerance", self.tolerance)
         check_number("DualDescent", "momentum", self.momentum, high=1.0, closed=True)
         for name in ("step_size", "averaging"):
             if getattr(self, name) is not None:
@@ -84,10 +90,17 @@ class DualDescent:
         if step_size is None:
             step_size = stable_step(system, key, self.momentum, system.model.size / system.batch_size)
         state = _start(system, problem)
-        for first, last in stretches(self.steps):
-            state = _advance(self, system, problem, state, key, step_size, first, last)
-            report(last / self.steps)
-        return jax.tree.map(jnp.add, problem.prior, state.average)
+        x = problem.prior
+        for round_ in rounds(system, self.steps):
+            state = state._replace(average=state.primal)
+            for part in stretches(*round_):
+                state = _advance(self, system, problem, state, key, step_size, round_, part)
+                report(part[1] / self.steps)
+            x = jax.tree.map(jnp.add, problem.prior, state.average)
+            if round_[1] < self.steps and jnp.max(products_and_residuals(system, problem, x)[1]) < self.tolerance:
+                break
+        report(1.0)
+        return x
 
     def mode(self, system: System, start: Weights, key: Array, report=lambda done: None) -> Weights:
         """The mode of the linear model, one vector."""
@@ -111,8 +124,8 @@ def _start(system: System, problem: Problem) -> Dual:
 
 
 @partial(jax.jit, static_argnums=0)
-def _advance(solver: DualDescent, system: System, problem: Problem, state: Dual, key, step_size, first, last) -> Dual:
-    averaging = min(1.0, 100 / solver.steps) if solver.averaging is None else solver.averaging
+def _advance(solver: DualDescent, system: System, problem: Problem, state: Dual, key, step_size, round_, part) -> Dual:
+    averaging = jnp.minimum(1.0, 100 / (round_[1] - round_[0])) if solver.averaging is None else solver.averaging
     count = len(jax.tree.leaves(problem.prior)[0])
 
     def step(i, state: Dual) -> Dual:
@@ -142,7 +155,7 @@ def _advance(solver: DualDescent, system: System, problem: Problem, state: Dual,
             jax.tree.map(lambda m, x: m + averaging * (x - m), state.average, primal),
         )
 
-    return lax.fori_loop(first, last, step, state)
+    return lax.fori_loop(*part, step, state)
 
 
 def _row_factor(system: System, batch: Linearization, name: str) -> float:

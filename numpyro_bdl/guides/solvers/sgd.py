@@ -34,7 +34,15 @@ import optax
 from jax import Array, lax
 
 from numpyro_bdl._checks import check_integer, check_number
-from numpyro_bdl.guides.linear_system import Problem, System, mode_gradient, stable_step, stretches
+from numpyro_bdl.guides.linear_system import (
+    Problem,
+    System,
+    energy_and_gradient,
+    mode_gradient,
+    products_and_residuals,
+    stable_step,
+)
+from numpyro_bdl.guides.solvers.rounds import rounds, stretches
 from numpyro_bdl.guides.tangent import Weights
 
 _FAR = 1e4  # of a mode from the prior mean, in prior standard deviations
@@ -51,14 +59,18 @@ class Descent(NamedTuple):
 
 @dataclass(frozen=True)
 class SGD:
-    r"""Nesterov's gradient descent on minibatches, with geometric averaging: the solver for much data. The step falls
-    linearly to zero over the second half.
+    r"""Nesterov's gradient descent on minibatches, with geometric averaging: the solver for much data.
 
-    :param steps: Gradient steps for each solution.
+    It goes on in rounds, each as long as all before it, until the residual is small. In each the step falls linearly
+    to zero over the second half.
+
+    :param steps: Most gradient steps for a solution.
+    :param tolerance: Residual at which to stop, relative to the right-hand side. It can be above the error of the
+        samples by far: one of .02 changes their variances by less than a percent.
     :param step_size: Step on the whitened quadratic; None for one that the eigenvalues of a few minibatches allow,
         :func:`~numpyro_bdl.guides.linear_system.stable_step`.
     :param momentum: Of Nesterov's method.
-    :param averaging: Weight of a new iterate in the geometric average; None for 100 / steps.
+    :param averaging: Weight of a new iterate in the geometric average; None for 100 by the steps of a round.
     :param clip: Largest norm of a gradient, in units of the square root of the number of weights (the norm of a prior
         draw); None for none. Clipping biases, so that it is a guard and not a setting.
     :param objective: ``"transformed"`` for :math:`g_{L'}`, ``"original"`` for :math:`g_L`, or ``"auto"``: transformed,
@@ -66,7 +78,8 @@ class SGD:
         observed outputs.
     """
 
-    steps: int = 1000
+    steps: int = 5000
+    tolerance: float = 0.02
     step_size: float | None = None
     momentum: float = 0.9
     averaging: float | None = None
@@ -75,6 +88,7 @@ class SGD:
 
     def __post_init__(self):
         check_integer("SGD", "steps", self.steps)
+        check_number("SGD", "tolerance", self.tolerance)
         check_number("SGD", "momentum", self.momentum, high=1.0, closed=True)
         for name in ("step_size", "averaging", "clip"):
             if getattr(self, name) is not None:
@@ -122,18 +136,33 @@ class SGD:
         """The solution, or None when the descent leaves the ball that it lies in."""
         # H is at least the identity, so that no solution is longer than its right-hand side
         bound = 10 * _norm(start if problem is None else problem.total) + _FAR * (problem is None)
-        state = _start(self, start)
-        for first, last in stretches(self.steps):
-            state = _advance(self, kind, system, problem, state, key, step_size, first, last)
-            if not _norm(state.x) < bound:
-                return None
-            report(last / self.steps)
-        return state.average
+        x = start
+        for round_ in rounds(system, self.steps):
+            state = _start(self, x)
+            for part in stretches(*round_):
+                state = _advance(self, kind, system, problem, state, key, step_size, round_, part)
+                if not _norm(state.x) < bound:
+                    return None
+                report(part[1] / self.steps)
+            x = state.average
+            if round_[1] < self.steps and _residual(system, problem, x) < self.tolerance:
+                break
+        report(1.0)
+        return x
 
 
 @jax.jit
 def _norm(x: Weights) -> Array:
     return jnp.sqrt(sum(jnp.sum(w**2) for w in jax.tree.leaves(x)))
+
+
+def _residual(system: System, problem: Problem | None, x: Weights) -> Array:
+    """The largest relative residual; of the mode, its gradient by that at the prior mean."""
+    if problem is not None:
+        return jnp.max(products_and_residuals(system, problem, x)[1])
+    one = jax.tree.map(lambda w: w[0], x)
+    at_mean = jax.tree.map(jnp.zeros_like, one)
+    return _norm(energy_and_gradient(system, one)[1]) / _norm(energy_and_gradient(system, at_mean)[1])
 
 
 @partial(jax.jit, static_argnums=0)
@@ -142,9 +171,9 @@ def _start(solver: SGD, x: Weights) -> Descent:
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _advance(solver: SGD, kind: str, system: System, problem, state: Descent, key, step_size, first, last) -> Descent:
-    averaging = min(1.0, 100 / solver.steps) if solver.averaging is None else solver.averaging
-
+def _advance(solver: SGD, kind: str, system: System, problem, state: Descent, key, step_size, round_, part) -> Descent:
+    first, last = round_
+    averaging = jnp.minimum(1.0, 100 / (last - first)) if solver.averaging is None else solver.averaging
     count = len(jax.tree.leaves(state.x)[0])
     total = None if problem is None else problem.total
 
@@ -160,13 +189,14 @@ def _advance(solver: SGD, kind: str, system: System, problem, state: Descent, ke
                 g = jax.tree.map(lambda g, x, e, p: g - e + x - p, g, state.x, noise, problem.prior)
             else:
                 g = jax.tree.map(lambda g, x, b: g + x - b, g, state.x, total)
-        optimizer = _optimizer(solver, step_size * jnp.minimum(1.0, 2 - 2 * i / solver.steps), state.x)
+        fall = jnp.minimum(1.0, 2 - 2 * (i - first) / (last - first))
+        optimizer = _optimizer(solver, step_size * fall, state.x)
         update, optimizer_state = jax.vmap(optimizer.update)(g, state.optimizer)
         x = jax.tree.map(jnp.add, state.x, update)
         average = jax.tree.map(lambda m, x: m + averaging * (x - m), state.average, x)
         return Descent(x, average, optimizer_state)
 
-    return lax.fori_loop(first, last, step, state)
+    return lax.fori_loop(*part, step, state)
 
 
 def _optimizer(solver: SGD, step_size, x: Weights) -> optax.GradientTransformation:
