@@ -63,9 +63,9 @@ from sklearn.datasets import load_digits
 
 import numpyro_bdl as bdl
 from numpyro_bdl.guides import SGD, ConjugateGradient, DualDescent
-from numpyro_bdl.guides.linear_system import Problem, dots, noise_gradients, prior_draws, products
-from numpyro_bdl.guides.solvers import sgd as sgd_module
-from numpyro_bdl.guides.tangent import Batch
+from numpyro_bdl.linear.model import Batch
+from numpyro_bdl.linear.solvers import sgd as sgd_module
+from numpyro_bdl.linear.system import Problem, dots, noise_gradients, prior_draws, products
 
 RESULTS = Path(__file__).parent / "results"
 CACHE: Path | None = None

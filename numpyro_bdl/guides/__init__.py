@@ -5,6 +5,6 @@
 
 from numpyro_bdl.guides.linearized_laplace import AutoLinearizedLaplace as AutoLinearizedLaplace
 from numpyro_bdl.guides.posterior import LaplacePosterior as LaplacePosterior
-from numpyro_bdl.guides.solvers import SGD as SGD
-from numpyro_bdl.guides.solvers import ConjugateGradient as ConjugateGradient
-from numpyro_bdl.guides.solvers import DualDescent as DualDescent
+from numpyro_bdl.linear.solvers import SGD as SGD
+from numpyro_bdl.linear.solvers import ConjugateGradient as ConjugateGradient
+from numpyro_bdl.linear.solvers import DualDescent as DualDescent

@@ -13,9 +13,9 @@ import numpyro.distributions as dist
 from jax import Array, random
 
 from numpyro_bdl.guides.em import log_scales
-from numpyro_bdl.guides.likelihoods import is_natural, parameters_of
-from numpyro_bdl.guides.linear_system import System
-from numpyro_bdl.guides.tangent import Batch
+from numpyro_bdl.linear.likelihoods import is_natural, parameters_of
+from numpyro_bdl.linear.model import Batch
+from numpyro_bdl.linear.system import System
 from numpyro_bdl.natural_parameter import without_wrappers
 from numpyro_bdl.noise import normal
 from numpyro_bdl.potential import Potential

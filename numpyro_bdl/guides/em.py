@@ -36,7 +36,9 @@ import jax.numpy as jnp
 import numpyro.distributions as dist
 from jax import Array, random
 
-from numpyro_bdl.guides.linear_system import (
+from numpyro_bdl.guides.prior import Prior
+from numpyro_bdl.linear.model import Linearization, Weights
+from numpyro_bdl.linear.system import (
     Problem,
     System,
     dots,
@@ -45,8 +47,6 @@ from numpyro_bdl.guides.linear_system import (
     products_and_residuals,
     sum_over_batches,
 )
-from numpyro_bdl.guides.prior import Prior
-from numpyro_bdl.guides.tangent import Linearization, Weights
 from numpyro_bdl.natural_parameter import without_wrappers
 
 

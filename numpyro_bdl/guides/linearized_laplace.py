@@ -7,7 +7,7 @@ r"""Linearized Laplace: the posterior of a trained network's tangent, by samples
 
     h(w, x) = f(w^*, x) + J(x) (w - w^*), \qquad w \mid y \sim N\bigl(w^*, (J^\top \Lambda J + A)^{-1}\bigr).
 
-Samples of that normal law are solutions of linear systems (:mod:`~numpyro_bdl.guides.linear_system`), found by products
+Samples of that normal law are solutions of linear systems (:mod:`~numpyro_bdl.linear.system`), found by products
 with J alone; EM fits A and the noise to the evidence (:mod:`~numpyro_bdl.guides.em`).
 """
 
@@ -34,16 +34,15 @@ from tqdm.auto import tqdm
 
 from numpyro_bdl._checks import check_choice, check_integer, check_number
 from numpyro_bdl.guides.em import Expectation, expectation, new_noise_scale, new_precisions, whitened_again
-from numpyro_bdl.guides.linear_system import System
 from numpyro_bdl.guides.one_of import NO_DENSITY, OneOf
 from numpyro_bdl.guides.posterior import LaplacePosterior
 from numpyro_bdl.guides.preparation import PRIORS, prepare
 from numpyro_bdl.guides.prior import Prior
 from numpyro_bdl.guides.reports import Progress, count_outputs, record, statement, warn_of_em, warn_of_solution
-from numpyro_bdl.guides.solvers import SGD, ConjugateGradient, DualDescent
+from numpyro_bdl.linear.observations import as_key
+from numpyro_bdl.linear.solvers import SGD, solver_of
+from numpyro_bdl.linear.system import System
 from numpyro_bdl.potential import Potential
-
-_SOLVERS = {"sgd": SGD, "cg": ConjugateGradient, "dual": DualDescent}
 
 
 class AutoLinearizedLaplace(AutoContinuous):
@@ -157,14 +156,7 @@ class AutoLinearizedLaplace(AutoContinuous):
             check_integer(owner, "sample_chunk", sample_chunk)
         if not callable(params):
             check_choice(owner, "params", params, ("all", "last_layer"))
-        if isinstance(solver, str):
-            check_choice(owner, "solver", solver, tuple(_SOLVERS))
-            solver = _SOLVERS[solver]()
-        if not isinstance(solver, tuple(_SOLVERS.values())):
-            raise TypeError(
-                f'{owner}: solver must be "sgd", "cg", "dual", or an SGD, ConjugateGradient or DualDescent of'
-                f" numpyro_bdl.guides, got {solver!r}."
-            )
+        solver = solver_of(owner, solver)
         if (prior == "per_group") != (groups is not None):
             raise ValueError(
                 f'{owner}: groups, a predicate of site names by name of the group, belong to prior="per_group", got'
@@ -285,8 +277,7 @@ class AutoLinearizedLaplace(AutoContinuous):
         :warns UserWarning: for weights far from their optimum, linear systems that are not solved, a model that
             interpolates its data, groups that share a prior with layers that have no scale.
         """
-        if not jnp.issubdtype(rng_key.dtype, jax.dtypes.prng_key):
-            rng_key = random.wrap_key_data(rng_key)
+        rng_key = as_key(rng_key)
         potential = self._potential_of(params, args, kwargs)
         mutable = potential.collections(params)
         if self.prototype_trace is None:

@@ -14,10 +14,11 @@ import numpyro.distributions as dist
 from jax import Array, random
 from jax.flatten_util import ravel_pytree
 
-from numpyro_bdl.guides.likelihoods import Family
-from numpyro_bdl.guides.linear_system import Problem, System
-from numpyro_bdl.guides.solvers.cg import ConjugateGradient
-from numpyro_bdl.guides.tangent import TangentModel, Weights
+from numpyro_bdl.guides.tangent import TangentModel
+from numpyro_bdl.linear.likelihoods import Family
+from numpyro_bdl.linear.model import Weights
+from numpyro_bdl.linear.solvers.cg import ConjugateGradient
+from numpyro_bdl.linear.system import Problem, System
 from numpyro_bdl.potential import Potential
 
 

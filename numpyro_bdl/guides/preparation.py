@@ -11,11 +11,11 @@ from jax import Array, random
 
 from numpyro_bdl._arguments import Arguments
 from numpyro_bdl.guides import checks
-from numpyro_bdl.guides.linear_system import System, make_system, noise_gradients
 from numpyro_bdl.guides.normalization import affine_sites, scale_free_layers
 from numpyro_bdl.guides.prior import Prior, clip, diagonal
 from numpyro_bdl.guides.reports import warn_if_far, warn_of_scale
 from numpyro_bdl.guides.tangent import TangentModel, moving_parameters
+from numpyro_bdl.linear.system import System, make_system, noise_gradients
 from numpyro_bdl.potential import Potential
 from numpyro_bdl.probes import normal_priors, output_sites
 

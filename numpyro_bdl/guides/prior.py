@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.flatten_util import ravel_pytree
 
-from numpyro_bdl.guides.linear_system import System
-from numpyro_bdl.guides.tangent import Batch, Weights
+from numpyro_bdl.linear.model import Batch, Weights
+from numpyro_bdl.linear.system import System
 
 _LEAST = 1e-6  # of the mean of a site, for entries of the diagonal of M that are next to nothing
 _PROBES = 4096  # probes of the diagonal in all, where there are fewer rows

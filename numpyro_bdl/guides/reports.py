@@ -12,11 +12,11 @@ from jax import Array
 from tqdm.auto import tqdm
 
 from numpyro_bdl.guides.em import Expectation
-from numpyro_bdl.guides.linear_system import System, dot, energy_and_gradient
 from numpyro_bdl.guides.prior import Prior
-from numpyro_bdl.guides.tangent import Batch, Weights
+from numpyro_bdl.linear.model import Batch, Weights
+from numpyro_bdl.linear.observations import warn_if_unsolved
+from numpyro_bdl.linear.system import System, dot, energy_and_gradient
 
-_UNSOLVED = 0.05
 _MOVING = 0.2
 _BAR = "{desc}: {percentage:3.0f}%|{bar}| [{elapsed}<{remaining}{postfix}]"
 
@@ -144,13 +144,7 @@ def warn_of_em(change: float, steps: int) -> None:
 
 def warn_of_solution(found: Expectation, system: System) -> None:
     """Warn of systems that are not solved, and of models that interpolate."""
-    if not found.residual < _UNSOLVED:
-        warnings.warn(
-            f"The linear systems of the samples are not solved: their residual is {found.residual:.2g} of the"
-            f" right-hand sides (expected below {_UNSOLVED}). Take more steps, or a smaller step_size if it is above"
-            " 1.",
-            stacklevel=3,
-        )
+    warn_if_unsolved(float(found.residual))
     outputs, dimension = count_outputs(system), float(sum(found.dimension.values()))
     if dimension > 0.99 * outputs:
         warnings.warn(

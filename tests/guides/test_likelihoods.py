@@ -8,7 +8,7 @@ import numpyro.distributions as dist
 import pytest
 from jax import random
 
-from numpyro_bdl.guides.likelihoods import FISHER_DRAWS, family_of, parameters_of
+from numpyro_bdl.linear.likelihoods import FISHER_DRAWS, family_of, parameters_of
 from numpyro_bdl.natural_parameter import without_wrappers
 
 F = random.normal(random.key(0), (4,))

@@ -36,7 +36,7 @@ from test_linear_system import several_sites, unit_vectors
 
 import numpyro_bdl as bdl
 from numpyro_bdl.guides import ConjugateGradient
-from numpyro_bdl.guides.linear_system import products
+from numpyro_bdl.linear.system import products
 
 FAR = "ignore:The weights are far from an optimum"
 CG = ConjugateGradient(tolerance=1e-11)

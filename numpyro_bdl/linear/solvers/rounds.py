@@ -10,16 +10,14 @@ takes at most twice the steps that it needs.
 import itertools
 from collections.abc import Iterator
 
-from numpyro_bdl.guides.linear_system import System
-
 _FIRST = 100
 _REPORTS = 10
 
 
-def rounds(system: System, steps: int) -> Iterator[tuple[int, int]]:
+def rounds(size: int, batch_size: int, steps: int) -> Iterator[tuple[int, int]]:
     """Rounds of so many steps in all: the first step of each, and the one behind its last. The first round is at least
     a pass over all rows."""
-    begin, end = 0, min(max(_FIRST, len(system.rows)), steps)
+    begin, end = 0, min(max(_FIRST, -(-size // batch_size)), steps)
     while begin < steps:
         yield begin, end
         begin, end = end, min(2 * end, steps)

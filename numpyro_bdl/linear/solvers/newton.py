@@ -16,8 +16,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from numpyro_bdl.guides.linear_system import System, dot, energy_and_gradient, without_data
-from numpyro_bdl.guides.tangent import Weights
+from numpyro_bdl.linear.model import Weights
+from numpyro_bdl.linear.system import System, dot, energy_and_gradient, without_data
 
 _STEPS = 50
 _HALVINGS = 30

@@ -4,7 +4,7 @@
 r"""Stochastic gradients on the quadratic of a sample, and on the loss of the linear model.
 
 With S a minibatch of B of the N rows, the gradients of the two quadratics of
-:mod:`~numpyro_bdl.guides.linear_system` are
+:mod:`~numpyro_bdl.linear.system` are
 
 .. math::
 
@@ -23,7 +23,6 @@ variance of the first, less that of the second, is, for one row and
 so that the second wins unless the model nearly interpolates its data.
 """
 
-import warnings
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -34,16 +33,17 @@ import optax
 from jax import Array, lax
 
 from numpyro_bdl._checks import check_integer, check_number
-from numpyro_bdl.guides.linear_system import (
+from numpyro_bdl.linear.model import Weights
+from numpyro_bdl.linear.solvers.rounds import rounds, stretches
+from numpyro_bdl.linear.solvers.steps import eigenvalues, stable_step, with_stable_step
+from numpyro_bdl.linear.system import (
     Problem,
     System,
     energy_and_gradient,
     mode_gradient,
+    norm,
     products_and_residuals,
-    stable_step,
 )
-from numpyro_bdl.guides.solvers.rounds import rounds, stretches
-from numpyro_bdl.guides.tangent import Weights
 
 _FAR = 1e4  # of a mode from the prior mean, in prior standard deviations
 
@@ -68,7 +68,7 @@ class SGD:
     :param tolerance: Residual at which to stop, relative to the right-hand side. It can be above the error of the
         samples by far: one of .02 changes their variances by less than a percent.
     :param step_size: Step on the whitened quadratic; None for one that the eigenvalues of a few minibatches allow,
-        :func:`~numpyro_bdl.guides.linear_system.stable_step`.
+        :func:`~numpyro_bdl.linear.solvers.steps.stable_step`.
     :param momentum: Of Nesterov's method.
     :param averaging: Weight of a new iterate in the geometric average; None for 100 by the steps of a round.
     :param clip: Largest norm of a gradient, in units of the square root of the number of weights (the norm of a prior
@@ -118,30 +118,23 @@ class SGD:
         return jax.tree.map(lambda w: w[0], solution)
 
     def _descend(self, kind: str, system: System, problem: Problem | None, start: Weights, key, report) -> Weights:
-        stable = partial(stable_step, system, key, self.momentum, 1.0)
-        step_size = stable() if self.step_size is None else jnp.asarray(self.step_size)
-        while True:
-            solution = self._try(kind, system, problem, start, key, step_size, report)
-            if solution is not None:
-                return solution
-            if self.step_size is not None:
-                raise ValueError(
-                    f"SGD: step_size={self.step_size:g} diverged. A step that the eigenvalues of a few minibatches"
-                    f" allow is {stable():.3g}; step_size=None takes that."
-                )
-            step_size = step_size / 4
-            warnings.warn(f"SGD diverged, and begins again with the step size {step_size:.3g}.", stacklevel=6)
+        return with_stable_step(
+            "SGD",
+            lambda step_size: self._try(kind, system, problem, start, key, step_size, report),
+            self.step_size,
+            lambda: stable_step(eigenvalues(system, key), self.momentum, 1.0),
+        )
 
     def _try(self, kind, system, problem, start, key, step_size, report) -> Weights | None:
         """The solution, or None when the descent leaves the ball that it lies in."""
         # H is at least the identity, so that no solution is longer than its right-hand side
-        bound = 10 * _norm(start if problem is None else problem.total) + _FAR * (problem is None)
+        bound = 10 * norm(start if problem is None else problem.total) + _FAR * (problem is None)
         x = start
-        for round_ in rounds(system, self.steps):
+        for round_ in rounds(system.model.size, system.batch_size, self.steps):
             state = _start(self, x)
             for part in stretches(*round_):
                 state = _advance(self, kind, system, problem, state, key, step_size, round_, part)
-                if not _norm(state.x) < bound:
+                if not norm(state.x) < bound:
                     return None
                 report(part[1] / self.steps)
             x = state.average
@@ -151,18 +144,13 @@ class SGD:
         return x
 
 
-@jax.jit
-def _norm(x: Weights) -> Array:
-    return jnp.sqrt(sum(jnp.sum(w**2) for w in jax.tree.leaves(x)))
-
-
 def _residual(system: System, problem: Problem | None, x: Weights) -> Array:
     """The largest relative residual; of the mode, its gradient by that at the prior mean."""
     if problem is not None:
         return jnp.max(products_and_residuals(system, problem, x)[1])
     one = jax.tree.map(lambda w: w[0], x)
     at_mean = jax.tree.map(jnp.zeros_like, one)
-    return _norm(energy_and_gradient(system, one)[1]) / _norm(energy_and_gradient(system, at_mean)[1])
+    return norm(energy_and_gradient(system, one)[1]) / norm(energy_and_gradient(system, at_mean)[1])
 
 
 @partial(jax.jit, static_argnums=0)

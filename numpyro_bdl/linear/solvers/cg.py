@@ -11,9 +11,9 @@ from jax import Array
 from jax.scipy.sparse.linalg import cg
 
 from numpyro_bdl._checks import check_integer, check_number
-from numpyro_bdl.guides.linear_system import Problem, System, sum_over_batches
-from numpyro_bdl.guides.solvers.newton import newton
-from numpyro_bdl.guides.tangent import Weights
+from numpyro_bdl.linear.model import Weights
+from numpyro_bdl.linear.solvers.newton import newton
+from numpyro_bdl.linear.system import Problem, System, sum_over_batches
 
 
 @dataclass(frozen=True)

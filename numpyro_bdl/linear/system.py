@@ -1,7 +1,7 @@
 # Copyright Contributors to the numpyro_bdl project.
 # SPDX-License-Identifier: Apache-2.0
 
-r"""The linear system whose solutions are posterior samples of a tangent model, in whitened weights.
+r"""The linear system whose solutions are posterior samples of a linear model, in whitened weights.
 
 With :math:`\Lambda = L L^\top` the curvature of the likelihood, A the prior precision and :math:`J` whitened,
 :math:`\tilde J = J A^{-1/2}`, the posterior of :math:`A^{1/2} w` has the precision
@@ -40,18 +40,16 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from numpyro_bdl.guides.tangent import Batch, Linearization, TangentModel, Weights
+from numpyro_bdl.linear.model import Batch, Linearization, LinearModel, Weights
 from numpyro_bdl.minibatch import epoch
 from numpyro_bdl.noise import normal
 
-_POWER_ITERATIONS = 10
-_POWER_BATCHES = 8
-
 
 class System(NamedTuple):
-    """A tangent model with a prior, cut into batches. Vectors are whitened weights, several with an axis in front."""
+    """A linear model with a prior, cut into batches. Vectors are whitened weights, several with an axis in front."""
 
-    model: TangentModel
+    model: Any
+    """a :class:`~numpyro_bdl.linear.model.LinearModel`"""
     scale: Weights
     """prior standard deviations, :math:`A^{-1/2}`, by site"""
     offset: Weights
@@ -112,7 +110,7 @@ def without_data(prior: Weights) -> Problem:
     return Problem(several, jax.tree.map(jnp.zeros_like, several), noisy=False)
 
 
-def make_system(model: TangentModel, scale: Weights, offset: Weights, batch_size: int) -> System:
+def make_system(model: LinearModel, scale: Weights, offset: Weights, batch_size: int) -> System:
     """A system whose full passes go through so many rows at a time; the last batch is filled up with weight 0."""
     count = -(-model.size // batch_size)
     rows = jnp.arange(count * batch_size)
@@ -185,57 +183,10 @@ def prior_draws(key: Array, like: Weights, count: int) -> Weights:
     return normal(key, {k: jax.ShapeDtypeStruct((count, *w.shape), w.dtype) for k, w in like.items()})
 
 
-class Eigenvalues(NamedTuple):
-    r"""The largest eigenvalue of :math:`\frac NB \tilde J_S^\top \Lambda_S \tilde J_S`, which bounds the step of a
-    descent."""
-
-    mean: Array
-    """of its mean over a few minibatches S"""
-    batch: Array
-    """of that minibatch which has the largest"""
-
-
 @jax.jit
-def largest_eigenvalues(system: System, key: Array) -> Eigenvalues:
-    """Estimates by power iteration on a few minibatches."""
-    count = 1 if system.batch_size == system.model.size else _POWER_BATCHES
-    steps = jnp.arange(count)
-
-    def product(n, x):
-        return system.product(system.model.at(system.minibatch(key, n)), x)
-
-    def mean_product(x):
-        return jax.tree.map(lambda y: jnp.mean(y, 0), lax.map(lambda n: product(n, x), steps))
-
-    def largest(product, x):
-        def iterate(_, carry):
-            x, size = carry
-            y = product(jax.tree.map(lambda v: v / size, x))
-            return y, jnp.sqrt(dot(y, y))
-
-        return lax.fori_loop(0, _POWER_ITERATIONS, iterate, (x, jnp.sqrt(dot(x, x))))[1]
-
-    start = normal(key, system.model.weights)
-    mean = largest(mean_product, start)
-    if count == 1:
-        return Eigenvalues(mean, mean)
-    return Eigenvalues(mean, jnp.max(lax.map(lambda n: largest(partial(product, n), start), steps)))
-
-
-def stable_step(system: System, key: Array, momentum: float, coordinates: float) -> Array:
-    r"""A step at which a descent with momentum :math:`\rho` on minibatches is stable,
-
-    .. math::
-
-        \beta = \Bigl(1 + \lambda + \frac{\lambda_S + c - \lambda - 1}{2 (1 - \rho)}\Bigr)^{-1},
-
-    by the mean :math:`1 + \lambda` and the scatter of its minibatches, which momentum adds up.
-
-    :param coordinates: c, by how much a minibatch raises the identity: 1 for primal gradients, N / B for dual ones.
-    """
-    mean, batch = largest_eigenvalues(system, key)
-    scatter = jnp.maximum(batch + coordinates - mean - 1, 0.0)
-    return 1 / (1 + mean + scatter / (2 * (1 - momentum)))
+def norm(x: Any) -> Array:
+    """The norm of all leaves together."""
+    return jnp.sqrt(sum(jnp.sum(w**2) for w in jax.tree.leaves(x)))
 
 
 def dot(x: Weights, y: Weights) -> Array:

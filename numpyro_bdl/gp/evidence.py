@@ -1,0 +1,128 @@
+# Copyright Contributors to the numpyro_bdl project.
+# SPDX-License-Identifier: Apache-2.0
+
+r"""Kernel, its scales and the noise, by the marginal likelihood of subsets of the data,
+
+.. math::
+
+    \log p(y_S) = -\tfrac12 y_S^\top (K_{SS} + \sigma^2 I)^{-1} y_S - \tfrac12 \log \det (K_{SS} + \sigma^2 I)
+        - \tfrac{|S|}{2} \log 2 \pi .
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro.distributions as dist
+import optax
+from jax import Array, lax, random
+from tqdm.auto import tqdm
+
+from numpyro_bdl._checks import check_integer, check_number
+from numpyro_bdl.gp.kernels import Kernel
+from numpyro_bdl.gp.posterior import check_inputs, check_kernel
+from numpyro_bdl.linear.observations import as_key, check_noise, check_observed
+
+_JITTER = 1e-6  # of the variance, for rounding alone
+
+
+class Hyperparameters(NamedTuple):
+    """What was found."""
+
+    kernel: Kernel
+    noise: float
+    """standard deviation"""
+    log_evidence: np.ndarray
+    """mean log marginal likelihood of a row, before each step"""
+
+
+def log_evidence(kernel: Kernel, noise: float | Array, x: Array, y: Array) -> Array:
+    """The log marginal likelihood of all rows, by a Cholesky decomposition.
+
+    :param x: Inputs, (row, D).
+    :param y: Observations, (row,).
+    """
+    covariance = kernel(x, x) + (noise**2 + _JITTER * kernel.variance) * jnp.eye(len(x), dtype=x.dtype)
+    return dist.MultivariateNormal(jnp.zeros(len(x), x.dtype), scale_tril=jnp.linalg.cholesky(covariance)).log_prob(y)
+
+
+def fit_hyperparameters(
+    rng_key: Array,
+    kernel: Kernel,
+    x: Array,
+    y: Array,
+    noise: float = 0.1,
+    *,
+    subset: int = 1000,
+    num_subsets: int = 1,
+    num_steps: int = 100,
+    learning_rate: float = 0.1,
+    progress_bar: bool = True,
+) -> Hyperparameters:
+    """Maximize the exact marginal likelihood of random subsets by Adam, in logarithms of what is positive.
+
+    :param rng_key: PRNG key of the subsets.
+    :param kernel: Where to begin; a lengthscale for each input is learned as such.
+    :param x: Inputs, (row, D).
+    :param y: Observations, (row,), about zero.
+    :param noise: Where to begin, a standard deviation.
+    :param subset: Rows of a subset; all if there are fewer. A step costs the cube of that.
+    :param num_subsets: Subsets, without rows in common, whose marginal likelihoods are averaged.
+    :param num_steps: Steps of Adam.
+    :param learning_rate: Of Adam, in logarithms.
+    :param progress_bar: Show one.
+    :return: Kernel, noise, and the marginal likelihood along the way.
+    :raises ValueError: as :func:`gp_posterior_samples`, and for more subsets than there are rows.
+
+    **Example**
+
+    .. doctest::
+
+        >>> import jax.numpy as jnp
+        >>> from jax import random
+        >>> from numpyro_bdl import gp
+        >>> x = jnp.linspace(0, 1, 60)[:, None]
+        >>> y = jnp.sin(6 * x[:, 0]) + 0.1 * random.normal(random.key(0), (60,))
+        >>> found = gp.fit_hyperparameters(random.key(1), gp.RBF(lengthscale=jnp.ones(1)), x, y, progress_bar=False)
+        >>> bool(0.07 < found.noise < 0.13)
+        True
+    """
+    owner = "fit_hyperparameters"
+    for name, value in (("subset", subset), ("num_subsets", num_subsets), ("num_steps", num_steps)):
+        check_integer(owner, name, value)
+    check_number(owner, "learning_rate", learning_rate)
+    check_number(owner, "noise", noise)
+    y = check_observed(owner, y)
+    x = check_inputs(owner, x, y)
+    check_noise(owner, noise, y)
+    check_kernel(owner, kernel, x.shape[1])
+    subset = min(subset, len(y))
+    if subset * num_subsets > len(y):
+        raise ValueError(f"{owner}: {num_subsets} subsets of {subset} rows need more than the {len(y)} rows.")
+    rows = random.permutation(as_key(rng_key), len(y))[: subset * num_subsets].reshape(num_subsets, subset)
+    start = jax.tree.map(lambda v: jnp.log(jnp.asarray(v, y.dtype)), (kernel, noise))
+    optimizer = optax.adam(learning_rate)
+    state, found = (start, optimizer.init(start)), []
+    with tqdm(total=num_steps, disable=not progress_bar, desc="marginal likelihood") as bar:
+        for _ in range(num_steps):
+            state, value = _step(optimizer, state, x[rows], y[rows])
+            found.append(float(value))
+            bar.set_postfix_str(f"{found[-1]:.4g} a row", refresh=False)
+            bar.update()
+    kernel, scale = jax.tree.map(jnp.exp, state[0])
+    return Hyperparameters(kernel, float(scale), np.array(found))
+
+
+@partial(jax.jit, static_argnums=0)
+def _step(optimizer: optax.GradientTransformation, state: tuple, x: Array, y: Array) -> tuple[tuple, Array]:
+    logs, optimizer_state = state
+
+    def loss(logs):
+        kernel, noise = jax.tree.map(jnp.exp, logs)
+        return -jnp.mean(lax.map(lambda s: log_evidence(kernel, noise, *s), (x, y))) / x.shape[1]
+
+    value, gradient = jax.value_and_grad(loss)(logs)
+    update, optimizer_state = optimizer.update(gradient, optimizer_state)
+    return (optax.apply_updates(logs, update), optimizer_state), -value

@@ -1,0 +1,128 @@
+# Copyright Contributors to the numpyro_bdl project.
+# SPDX-License-Identifier: Apache-2.0
+
+r"""The linear system of a Gaussian process, with an unknown for each row,
+
+.. math::
+
+    (\Sigma^{-1/2} K \Sigma^{-1/2} + I) \, a = b,
+
+whitened by the variances :math:`\Sigma` of the noise. It is the dual of a linear model whose features are those of the
+kernel; rows of K are formed when they are needed, and never kept.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax, random
+from jax.scipy.sparse.linalg import cg
+
+from numpyro_bdl.gp.kernels import Kernel
+from numpyro_bdl.linear.solvers import ConjugateGradient
+from numpyro_bdl.linear.solvers.steps import POWER_BATCHES, Eigenvalues, largest_eigenvalue
+
+BLOCK = 1024
+"""rows of K that a full product forms at a time"""
+_MOST_ROWS = 2048  # of the kernel matrix whose largest eigenvalue is found
+
+Unknowns = dict[str, Array]
+_NAME = "f"
+
+
+class KernelDual(NamedTuple):
+    """A dual system with a kernel in place of weights, several right-hand sides at once."""
+
+    kernel: Kernel
+    x: Array
+    """inputs, (row, D)"""
+    noise: Array
+    """standard deviations, (row,)"""
+    b: Array
+    """right-hand sides, (row, vector)"""
+    batch: Array
+    """(B,), of which only the length counts"""
+
+    @property
+    def size(self) -> int:
+        return len(self.x)
+
+    @property
+    def batch_size(self) -> int:
+        return len(self.batch)
+
+    def zeros(self) -> tuple[Unknowns, dict]:
+        return {_NAME: jnp.zeros_like(self.b)}, {}
+
+    def at(self, key: Array, step: Array) -> Array:
+        """Rows, drawn with replacement."""
+        return random.randint(random.fold_in(key, step), (self.batch_size,), 0, self.size)
+
+    def rows(self, rows: Array) -> Array:
+        """Rows of the whitened kernel matrix."""
+        return self.kernel(self.x[rows], self.x) / self.noise[rows, None] / self.noise
+
+    def residual(self, batch: Array, a: Unknowns, image: dict) -> Unknowns:
+        return {_NAME: self.rows(batch) @ a[_NAME] + a[_NAME][batch] - self.b[batch]}
+
+    def add(self, batch: Array, unknowns: Unknowns, change: Unknowns, factor: Array) -> Unknowns:
+        return {_NAME: unknowns[_NAME].at[batch].add(factor * change[_NAME])}
+
+    def image(self, batch: Array, change: Unknowns) -> dict:
+        return {}
+
+    def solution(self, a: Unknowns, image: dict) -> Array:
+        return a[_NAME]
+
+    def relative_residual(self, solution: Array) -> Array:
+        return jnp.max(_relative_residuals(self, solution))
+
+    def bound(self) -> Array:
+        # the matrix is at least the identity
+        return jnp.linalg.norm(self.b)
+
+    def eigenvalues(self, key: Array) -> Eigenvalues:
+        return _eigenvalues(self, key)
+
+
+def product(dual: KernelDual, a: Array) -> Array:
+    """The matrix of the system times (row, vector), in blocks of rows."""
+    size = dual.size
+    block = min(BLOCK, size)
+    starts = jnp.arange(-(-size // block)) * block
+    # the last block goes back to the end of the one before it, and does some rows again
+    rows = jnp.minimum(starts, size - block)[:, None] + jnp.arange(block)
+    found = lax.map(lambda rows: dual.rows(rows) @ a, rows)
+    return jnp.zeros_like(a).at[rows.ravel()].set(found.reshape(-1, a.shape[-1])) + a
+
+
+@jax.jit
+def _relative_residuals(dual: KernelDual, a: Array) -> Array:
+    return jnp.linalg.norm(product(dual, a) - dual.b, axis=0) / jnp.linalg.norm(dual.b, axis=0)
+
+
+@jax.jit
+def _eigenvalues(dual: KernelDual, key: Array) -> Eigenvalues:
+    """Of kernel matrices of some of the rows, scaled to all of them."""
+    size = dual.size
+    count = min(size, _MOST_ROWS)
+    rows = random.permutation(key, size)[:count]
+
+    def largest(rows):
+        matrix = dual.kernel(dual.x[rows], dual.x[rows]) / dual.noise[rows, None] / dual.noise[rows]
+        return size / len(rows) * largest_eigenvalue(lambda v: matrix @ v, jnp.ones(len(rows), matrix.dtype))
+
+    batches = jax.vmap(lambda n: dual.at(key, n))(jnp.arange(POWER_BATCHES))
+    return Eigenvalues(largest(rows), jnp.max(lax.map(largest, batches)))
+
+
+@partial(jax.jit, static_argnums=0)
+def conjugate_gradients(solver: ConjugateGradient, dual: KernelDual) -> Array:
+    """The solution by full products."""
+
+    def one(b):
+        matrix = lambda a: product(dual, a[:, None])[:, 0]
+        return cg(matrix, b, tol=solver.tolerance, maxiter=solver.max_iterations)[0]
+
+    return jax.vmap(one, 1, 1)(dual.b)

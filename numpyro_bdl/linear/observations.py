@@ -1,0 +1,54 @@
+# Copyright Contributors to the numpyro_bdl project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""What is handed to a posterior with normal noise: checks, and what is said of its solution."""
+
+import warnings
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, random
+
+UNSOLVED = 0.05
+
+
+def as_key(rng_key: Array) -> Array:
+    """A typed PRNG key."""
+    typed = jnp.issubdtype(rng_key.dtype, jax.dtypes.prng_key)
+    return rng_key if typed else random.wrap_key_data(rng_key)
+
+
+def check_observed(owner: str, y: Any) -> Array:
+    """Observations, finite and of a floating type."""
+    y = jnp.asarray(y)
+    y = y.astype(jnp.result_type(y, float)) if not jnp.issubdtype(y.dtype, jnp.floating) else y
+    if y.ndim < 1 or not y.size:
+        raise ValueError(f"{owner}: y must have rows, got the shape {y.shape}.")
+    if not bool(jnp.all(jnp.isfinite(y))):
+        raise ValueError(f"{owner}: y has numbers that are not finite.")
+    return y
+
+
+def check_noise(owner: str, noise: Any, y: Array) -> Array:
+    """Standard deviations of the noise, of the shape of y."""
+    noise = jnp.asarray(noise, y.dtype)
+    if not bool(jnp.all(jnp.isfinite(noise) & (noise > 0))):
+        raise ValueError(
+            f"{owner}: noise must be positive and finite, a standard deviation; without noise the system is singular"
+            " where rows are repeated."
+        )
+    try:
+        return jnp.broadcast_to(noise, y.shape)
+    except ValueError as error:
+        raise ValueError(f"{owner}: noise of the shape {noise.shape} does not broadcast to {y.shape}.") from error
+
+
+def warn_if_unsolved(residual: float) -> None:
+    """Warn of systems that are not solved."""
+    if not residual < UNSOLVED:
+        warnings.warn(
+            f"The linear systems of the samples are not solved: their residual is {residual:.2g} of the right-hand"
+            f" sides (expected below {UNSOLVED}). Take more steps, or a smaller step_size if it is above 1.",
+            stacklevel=4,
+        )

@@ -1,0 +1,108 @@
+# Copyright Contributors to the numpyro_bdl project.
+# SPDX-License-Identifier: Apache-2.0
+
+r"""A linear model given by the products of its operator: :math:`y = \Phi w + \epsilon` with normal noise."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpyro.distributions as dist
+from jax import Array, random
+from jax.custom_derivatives import linear_call
+from jax.flatten_util import ravel_pytree
+
+from numpyro_bdl.linear.likelihoods import Family, family_of
+from numpyro_bdl.linear.model import LinearModel, Observed, Weights
+from numpyro_bdl.noise import normal
+
+SITE = "y"
+
+Product = Callable[[Weights, Array], Array]
+r"""``(w, rows)``, to :math:`\Phi_S w`"""
+Transpose = Callable[[Array, Array], Weights]
+r"""``(u, rows)``, to :math:`\Phi_S^\top u`"""
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("weights", "key", "curved_at", "y", "noise"),
+    meta_fields=("size", "sample_chunk", "product", "transpose"),
+)
+@dataclass(frozen=True, kw_only=True)
+class OperatorModel(LinearModel):
+    """Rows of an operator, and what was observed of them."""
+
+    product: Product
+    transpose: Transpose | None
+    """None for what JAX makes of the product"""
+    y: Array
+    """(row, ...)"""
+    noise: Array
+    """standard deviations, of the shape of y"""
+
+    def observe(self, weights: Weights, rows: Array):
+        law = dist.Normal(self.apply(weights, rows), self.noise[rows])
+        observed = Observed(law, self.y[rows], self.size / len(rows))
+        return {SITE: law.loc}, {SITE: observed}, {SITE: 0}
+
+    def family(self, name: str, law: dist.Distribution) -> Family:
+        return family_of(name, law, ("loc",))
+
+    def apply(self, weights: Weights, rows: Array) -> Array:
+        """The product, with the transpose that was given."""
+        transpose = self.transpose
+        if transpose is None:
+            return self.product(weights, rows)
+        return linear_call(lambda rows, w: self.product(w, rows), lambda rows, u: transpose(u, rows), rows, weights)
+
+
+def check_operator(model: OperatorModel, key: Array) -> None:
+    r"""Compare :math:`\Phi (2 a - b)` with :math:`2 \Phi a - \Phi b`, and :math:`\langle u, \Phi a \rangle` with
+    :math:`\langle \Phi^\top u, a \rangle`, at random vectors.
+
+    :raises ValueError: if the product is not linear, gives other shapes than those of y, or numbers that are not
+        finite; or if the transpose does not match it.
+    """
+    rows = jnp.arange(min(model.size, 64))
+    a, b = (normal(k, model.weights) for k in random.split(key))
+    try:
+        shape = jax.eval_shape(model.product, a, rows).shape
+    except Exception as error:
+        raise ValueError(
+            f"operator: its product with weights of the given shapes, for {len(rows)} rows, raised"
+            f" {type(error).__name__}: {error}"
+        ) from error
+    if shape != (len(rows), *model.y.shape[1:]):
+        raise ValueError(
+            f"operator: its product for {len(rows)} rows has the shape {shape}, but y has"
+            f" {(len(rows), *model.y.shape[1:])} there."
+        )
+    of_a, of_b = model.product(a, rows), model.product(b, rows)
+    both = model.product(jax.tree.map(lambda a, b: 2 * a - b, a, b), rows)
+    if not bool(jnp.all(jnp.isfinite(both))):
+        raise ValueError("operator: its product with finite weights has numbers that are not finite.")
+    tolerance = 1e3 * float(jnp.finfo(both.dtype).eps)
+    size = float(jnp.linalg.norm(of_a) + jnp.linalg.norm(of_b))
+    if float(jnp.linalg.norm(both - 2 * of_a + of_b)) > tolerance * size:
+        raise ValueError(
+            "operator: it is not linear: its product with 2 a - b is not twice that with a, less that with b. Is there"
+            " a constant in it? Subtract that from y."
+        )
+    if model.transpose is None:
+        return
+    u = random.normal(random.fold_in(key, 2), of_a.shape, of_a.dtype)
+    back = model.transpose(u, rows)
+    shapes, expected = (jax.tree.map(jnp.shape, tree) for tree in (back, model.weights))
+    if shapes != expected:
+        raise ValueError(f"transpose: it gives the shapes {shapes}, but the weights have {expected}.")
+    left = float(jnp.vdot(u, of_a))
+    right = float(jnp.vdot(ravel_pytree(back)[0], ravel_pytree(a)[0]))
+    scale = float(jnp.linalg.norm(u) * jnp.linalg.norm(of_a))
+    if not abs(left - right) <= tolerance * scale:
+        raise ValueError(
+            "transpose: it does not match the product: for a random u and a, <u, Phi a> is"
+            f" {left:.6g}, but <Phi' u, a> is {right:.6g}."
+        )
