@@ -22,3 +22,15 @@ def new_axes(ax: "Axes | None") -> "Axes":
     import matplotlib.pyplot as plt
 
     return plt.subplots(layout="constrained")[1]
+
+
+def has_line(ax: "Axes", label: str) -> bool:
+    """Whether a line with this label is there already."""
+    return any(line.get_label() == label for line in ax.get_lines())
+
+
+def next_style(ax: "Axes") -> tuple[dict[str, Any], str]:
+    """Colour and line, and the marker, of the next method. Lines with a label such as ``"_reference"`` don't count."""
+    labels = [str(line.get_label()) for line in ax.get_lines()]
+    n = sum(not label.startswith("_") or label.startswith("_child") for label in labels)  # matplotlib's own: _child3
+    return {"color": COLORS[n % len(COLORS)], "linestyle": LINES[n % len(LINES)]}, MARKERS[n % len(MARKERS)]

@@ -1,7 +1,7 @@
 # Copyright Contributors to the numpyro_bdl project.
 # SPDX-License-Identifier: Apache-2.0
 
-r"""How well a score tells rows apart: in from out of distribution, right from wrong predictions.
+r"""How well a score tells rows apart: in from out of distribution, right from wrong predictions, small from large loss.
 
 A row is flagged if its score, the larger the more suspicious, is at least a threshold. **Positive** are the rows that
 are to be found: those out of distribution, those classified wrongly. Papers differ here. AUROC is the same either way;
@@ -30,6 +30,17 @@ class Detection(NamedTuple):
     """as of :func:`fpr95`; about 0.95 by chance"""
     share: float
     """share of positive rows"""
+
+
+class RiskCoverage(NamedTuple):
+    """What is risked on the rows that are kept."""
+
+    coverage: Float[np.ndarray, " row"]
+    """share of rows kept, 1/n to 1"""
+    risk: Float[np.ndarray, " row"]
+    """mean loss of these rows"""
+    area: float
+    """mean of the risk over the coverages (AURC), less is better"""
 
 
 def auroc(scores: Float[ArrayLike, " row"], positive: Bool[ArrayLike, " row"]) -> float:
@@ -163,6 +174,46 @@ def misclassification(
     if scores is None:
         scores = -np.max(probabilities, -1)
     return _detection(*_check("misclassification", scores, wrong))
+
+
+def risk_coverage(losses: Float[ArrayLike, " row"], scores: Float[ArrayLike, " row"]) -> RiskCoverage:
+    r"""Risk of selective prediction: the mean loss of the k rows with the lowest scores, for each k,
+
+    .. math::
+
+        R_k = \frac1k \sum_{i \le k} \ell_{(i)}, \qquad s_{(1)} \le s_{(2)} \le \dots, \qquad
+        \text{AURC} = \frac1n \sum_{k=1}^n R_k.
+
+    Rows with the same score are kept in random order: the risk is the mean over all of these. With a score that says
+    nothing the risk is the mean loss at every coverage. With the losses themselves as scores it is as low as it can be.
+
+    :param losses: (row,): 1 where the prediction is wrong and else 0, a squared error, or a negative log likelihood.
+    :param scores: (row,), larger where less certain: one less the confidence, an entropy, or the standard deviation of
+        the predictive; infinite ones are the largest and the smallest.
+    :return: Coverage, risk, and the area under the curve.
+    :raises ValueError: for shapes that don't fit, losses that are not finite, or scores that are NaN.
+
+    **Example**
+
+    .. doctest::
+
+        >>> from numpyro_bdl import detection
+        >>> curve = detection.risk_coverage(losses=[0, 1, 0, 1], scores=[0.1, 0.2, 0.2, 0.4])
+        >>> curve.risk.round(3).tolist(), round(curve.area, 3)
+        ([0.0, 0.25, 0.333, 0.5], 0.271)
+
+    Source: Geifman, Uziel and El-Yaniv, *Bias-reduced uncertainty estimation for deep neural classifiers*, ICLR 2019.
+    """
+    scores, losses = _scores("risk_coverage", "scores", scores), numbers("risk_coverage", "losses", losses)
+    if losses.shape != scores.shape:
+        raise ValueError(
+            f"risk_coverage: expected one entry for each row, got losses {losses.shape} and scores {scores.shape}."
+        )
+    _, tied, rows = np.unique(scores, return_inverse=True, return_counts=True)
+    expected = (np.bincount(tied, losses) / rows)[np.sort(tied)]  # of each row in its turn
+    kept = np.arange(1, len(losses) + 1)
+    risk = np.cumsum(expected) / kept
+    return RiskCoverage(kept / len(losses), risk, float(risk.mean()))
 
 
 def _detection(scores: np.ndarray, positive: np.ndarray) -> Detection:

@@ -7,10 +7,12 @@ import inspect
 import re
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
 import numpyro_bdl as bdl
+from numpyro_bdl import plots
 
 ROOT = Path(__file__).parent.parent
 PAGES = {page: page.read_text() for page in (ROOT / "docs").rglob("*.md") if "_" not in page.parent.name}
@@ -56,6 +58,23 @@ def test_kernel_docstrings_tell_their_own_parameters(name):
             documented = kernel.__doc__ + bdl.StochasticGradientKernel.__doc__
             assert f":param {parameter}:" in documented, parameter
     assert ".. math::" in kernel.__doc__ or name == "StochasticGradientKernel"
+
+
+def test_every_picture_is_in_the_reference_and_drawn_on_the_page_of_pictures():
+    cells = re.findall(r"```{code-cell} ipython3\n(.*?)```", PAGES[ROOT / "docs" / "plots.md"], flags=re.DOTALL)
+    functions = [name for name, thing in vars(plots).items() if inspect.isfunction(thing)]
+    assert len(functions) >= 15
+    for name in functions:
+        assert f"autofunction:: numpyro_bdl.plots.{name}\n" in PAGES[ROOT / "docs" / "api" / "plots.md"]
+        assert any(f"plots.{name}(" in cell for cell in cells), name
+    scope: dict = {}
+    for cell in cells:
+        exec(compile(cell, "docs/plots.md", "exec"), scope)
+        assert bool(plt.get_fignums()) == ("plots." in cell)
+        for figure in map(plt.figure, plt.get_fignums()):
+            figure.canvas.draw()
+            assert all(ax.has_data() for ax in figure.axes)
+        plt.close("all")
 
 
 def run_the_block_of(page):

@@ -3,6 +3,8 @@
 
 """Each metric against scikit-learn, SciPy, an integral, a sum over all pairs, or by hand."""
 
+import itertools
+
 import jax
 import numpy as np
 import pytest
@@ -463,6 +465,26 @@ def test_misclassification_finds_the_wrong_rows():
     all_right = detection.misclassification(PROBABILITIES, PROBABILITIES.argmax(-1))
     assert np.isnan(all_right[:3]).all()
     assert all_right.share == 0
+
+
+@few
+@given(st.integers(1, 6).flatmap(lambda n: st.tuples(*[arrays(float, n, elements=coarse | finite)] * 2)))
+def test_risk_coverage_is_the_mean_over_all_orders_of_rows_with_the_same_score(rows):
+    losses, scores = rows
+    orders = [list(o) for o in itertools.permutations(range(len(losses))) if (np.diff(scores[list(o)]) >= 0).all()]
+    risks = np.mean([np.cumsum(losses[order]) / np.arange(1, len(losses) + 1) for order in orders], 0)
+    found = detection.risk_coverage(losses, scores)
+    np.testing.assert_allclose(found.risk, risks, atol=1e-9)
+    np.testing.assert_allclose(found.coverage, np.arange(1, len(losses) + 1) / len(losses))
+    assert found.area == pytest.approx(risks.mean(), abs=1e-9)
+    assert detection.risk_coverage(losses, losses).area <= found.area + 1e-9
+
+
+def test_a_score_that_says_nothing_leaves_the_risk_as_it_is():
+    found = detection.risk_coverage([0, 0, 1, 3], np.zeros(4))
+    np.testing.assert_allclose(found.risk, np.ones(4))
+    ends = detection.risk_coverage([1, 2, 4], [np.inf, -np.inf, 0])  # infinite scores have an order
+    np.testing.assert_allclose(ends.risk, [2, 3, 7 / 3])
 
 
 # ---- uncertainty ----------------------------------------------------------------------------------------------------

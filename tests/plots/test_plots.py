@@ -20,12 +20,6 @@ LABELS = RNG.integers(0, 3, 200)
 PROBABILITIES = RNG.dirichlet([0.5, 0.5, 0.5], 200)
 
 
-@pytest.fixture(autouse=True)
-def _close():
-    yield
-    plt.close("all")
-
-
 @pytest.fixture
 def tree():
     draws = RNG.normal(size=(4, 50, 6, 3)) + np.linspace(0, 2, 4)[:, None, None, None] * RNG.random((6, 3))
@@ -295,6 +289,52 @@ def test_inclusion_path_counts_warm_up_to_zero():
 def test_inclusion_path_names_what_is_wrong(arguments, text):
     with pytest.raises(ValueError, match=f"inclusion_path: {text}"):
         plots.inclusion_path(**arguments)
+
+
+# ---- sparsity along the draws --------------------------------------------------------------------------------
+
+
+def test_sparsity_path_draws_what_is_expected_to_be_excluded():
+    first, second = inclusion(5, 2, chains=3), RNG.random((3, 40, 2, 4))
+    _, ax = plt.subplots()
+    assert plots.sparsity_path({"first": first, "second": second}, ax=ax, num_warmup=10) is ax
+    lines = [line for line in drawn(ax) if line.get_label() != "_chain"]
+    chains = [line for line in drawn(ax) if line.get_label() == "_chain"]
+    for n, p in enumerate((first, second)):
+        by_hand = [[1 - sum(np.ravel(draw)) / draw.size for draw in chain] for chain in p]
+        np.testing.assert_allclose(lines[n].get_ydata(), np.mean(by_hand, 0))
+        np.testing.assert_allclose([line.get_ydata() for line in chains[3 * n : 3 * n + 3]], by_hand)
+        assert {line.get_color() for line in (lines[n], *chains[3 * n : 3 * n + 3])} == {plots.COLORS[n]}
+        np.testing.assert_array_equal(lines[n].get_xdata(), np.arange(-9, 31))
+    assert ax.get_legend_handles_labels()[1] == ["first", "second"]
+    assert [line.get_xdata()[0] for line in ax.get_lines() if line.get_label() == "_reference"] == [0]
+    assert ax.get_xlim() == (-9, 30)
+    plots.sparsity_path({"third": first}, ax=ax)
+    assert ax.get_lines()[-1].get_color() == plots.COLORS[2]
+
+
+def test_sparsity_path_of_one_chain_of_a_share_that_is_kept():
+    sparsity = np.array([[0.0, 0.5, 0.9]])  # the field of a run that prunes
+    (line,) = plots.sparsity_path({"all": 1 - sparsity}).get_lines()
+    np.testing.assert_allclose(line.get_xydata(), [[1, 0], [2, 0.5], [3, 0.9]])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ({"inclusion": {}}, "there is no site to draw"),
+        ({"inclusion": {"w": np.ones(3)}}, r"expected probabilities 'w' \(chain, draw, ...\), got shape \(3,\)"),
+        ({"inclusion": {"w": np.full((2, 3), np.nan)}}, r"a probability is not in \[0, 1\]; is a chain NaN"),
+        (
+            {"inclusion": {"w": np.ones((2, 3)), "v": np.ones((2, 4))}},
+            r"expected as many draws of each site, got \[3, 4\]",
+        ),
+        ({"inclusion": {"w": np.ones((2, 3))}, "num_warmup": 5}, "num_warmup=5 is more than the 3 draws"),
+    ],
+)
+def test_sparsity_path_names_what_is_wrong(arguments, text):
+    with pytest.raises(ValueError, match=f"sparsity_path: {text}"):
+        plots.sparsity_path(**arguments)
 
 
 # ---- all of them ---------------------------------------------------------------------------------------------
