@@ -75,17 +75,22 @@ class LinearModel(ABC):
     def family(self, name: str, law: dist.Distribution) -> Family:
         """The family of an observed site."""
 
-    def at(self, batch: Batch) -> "Linearization":
-        """The linear model at some rows, traced."""
+    def linearize(self, rows: Array) -> tuple[dict, Callable, Callable, dict[str, Observed], dict[str, int | None]]:
+        """Natural parameters at some rows, products with J and with its transpose, and the rest of :meth:`observe`."""
         axes: dict[str, int | None] = {}
 
         def function(weights):
-            eta, observed, of_rows = self.observe(weights, batch.rows)
+            eta, observed, of_rows = self.observe(weights, rows)
             axes.update(of_rows)
             return eta, observed
 
         eta, push, observed = jax.linearize(function, self.weights, has_aux=True)
-        pull = jax.linear_transpose(push, self.weights)
+        transposed = jax.linear_transpose(push, self.weights)
+        return eta, push, lambda u: transposed(u)[0], observed, axes
+
+    def at(self, batch: Batch) -> "Linearization":
+        """The linear model at some rows, traced."""
+        eta, push, pull, observed, axes = self.linearize(batch.rows)
         of_row = self.size / len(batch.rows)
         sites = {}
         for name, (law, value, scale) in observed.items():
@@ -100,7 +105,7 @@ class LinearModel(ABC):
             sites[name] = Observations(family, without_wrappers(law), value, weight, share, axis)
         # products keep the precision of the weights and of the network, which may be less than that of the noise
         jvp = lambda v: push(jax.tree.map(_cast, v, self.weights))
-        vjp = lambda u: pull(jax.tree.map(_cast, u, eta))[0]
+        vjp = lambda u: pull(jax.tree.map(_cast, u, eta))
         return Linearization(self, batch, eta, jvp, vjp, sites)
 
     def curved(self, displacement: Weights) -> Self:

@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpyro.distributions as dist
 from jax import Array, random
-from jax.custom_derivatives import linear_call
 from jax.flatten_util import ravel_pytree
 
 from numpyro_bdl.linear.likelihoods import Family, family_of
@@ -44,19 +43,18 @@ class OperatorModel(LinearModel):
     """standard deviations, of the shape of y"""
 
     def observe(self, weights: Weights, rows: Array):
-        law = dist.Normal(self.apply(weights, rows), self.noise[rows])
+        law = dist.Normal(self.product(weights, rows), self.noise[rows])
         observed = Observed(law, self.y[rows], self.size / len(rows))
         return {SITE: law.loc}, {SITE: observed}, {SITE: 0}
 
     def family(self, name: str, law: dist.Distribution) -> Family:
         return family_of(name, law, ("loc",))
 
-    def apply(self, weights: Weights, rows: Array) -> Array:
-        """The product, with the transpose that was given."""
+    def linearize(self, rows: Array):
+        """With the transpose that was given, if one was."""
+        eta, push, pull, *rest = super().linearize(rows)
         transpose = self.transpose
-        if transpose is None:
-            return self.product(weights, rows)
-        return linear_call(lambda rows, w: self.product(w, rows), lambda rows, u: transpose(u, rows), rows, weights)
+        return eta, push, pull if transpose is None else lambda u: transpose(u[SITE], rows), *rest
 
 
 def check_operator(model: OperatorModel, key: Array) -> None:
