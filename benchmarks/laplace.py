@@ -62,7 +62,7 @@ from scipy.special import log_softmax, logsumexp, softmax
 from sklearn.datasets import load_digits
 
 import numpyro_bdl as bdl
-from numpyro_bdl.guides import SGD, ConjugateGradient, DualDescent
+from numpyro_bdl.linear import SGD, ConjugateGradient, DualDescent
 from numpyro_bdl.linear.model import Batch
 from numpyro_bdl.linear.solvers import sgd as sgd_module
 from numpyro_bdl.linear.system import Problem, dots, noise_gradients, prior_draws, products

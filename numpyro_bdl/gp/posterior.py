@@ -19,6 +19,8 @@ from numpyro_bdl.gp.system import BLOCK, KernelDual, conjugate_gradients
 from numpyro_bdl.linear.observations import as_key, check_noise, check_observed, warn_if_unsolved
 from numpyro_bdl.linear.solvers import ConjugateGradient, DualDescent, solver_of
 
+_SOLVERS = {"dual": DualDescent(steps=20_000, tolerance=0.01), "cg": ConjugateGradient()}
+
 
 @partial(
     jax.tree_util.register_dataclass,
@@ -47,7 +49,8 @@ class GPPosterior:
     noise: Array
     """standard deviations of the noise, (row,)"""
     residual: float
-    """largest residual of the linear systems, relative to their right-hand sides"""
+    """largest residual of the linear systems, relative to their right-hand sides, in the norm of functions; where it
+    was tried, the error of the mean in posterior standard deviations was ten to fifteen times that"""
 
     def mean(self, x: Array) -> Array:
         """The mean of the function at inputs (n, D): (n,)."""
@@ -95,8 +98,9 @@ def gp_posterior_samples(
     :param noise: Standard deviation of the noise, a number or (row,).
     :param num_samples: Samples of the function, K. The relative error of a variance is :math:`\sqrt{2/K}`.
     :param num_features: Random features of the prior draws.
-    :param solver: ``"dual"``, stochastic dual descent, or ``"cg"``, conjugate gradients on full products; or a
-        :class:`~numpyro_bdl.linear.DualDescent` or :class:`~numpyro_bdl.linear.ConjugateGradient` with settings.
+    :param solver: ``"dual"``, stochastic dual descent, until the residual in the norm of functions is .01, in at most
+        20 000 steps; ``"cg"``, conjugate gradients on full products; or a :class:`~numpyro_bdl.linear.DualDescent` or
+        :class:`~numpyro_bdl.linear.ConjugateGradient` with settings.
     :param batch_size: Rows of a step of dual descent; None for 512, or all if there are fewer.
     :param progress_bar: Show one.
     :return: The posterior.
@@ -126,7 +130,7 @@ def gp_posterior_samples(
     owner = "gp_posterior_samples"
     for name, value in (("num_samples", num_samples), ("num_features", num_features)):
         check_integer(owner, name, value)
-    solver = solver_of(owner, solver)
+    solver = _SOLVERS[solver] if solver in tuple(_SOLVERS) else solver_of(owner, solver)
     if not isinstance(solver, (DualDescent, ConjugateGradient)):
         raise TypeError(f'{owner}: solver must be "dual" or "cg": a kernel has no weights for {solver!r}.')
     y = check_observed(owner, y)

@@ -99,7 +99,13 @@ def product(dual: KernelDual, a: Array) -> Array:
 
 @jax.jit
 def _relative_residuals(dual: KernelDual, a: Array) -> Array:
-    return jnp.linalg.norm(product(dual, a) - dual.b, axis=0) / jnp.linalg.norm(dual.b, axis=0)
+    r"""By vector, in the norm of functions, :math:`\|r\|^2 = r^\top \Sigma^{-1/2} K \Sigma^{-1/2} r`: what the kernel
+    does not see of a changes no prediction."""
+
+    def square(v):
+        return jnp.sum(v * (product(dual, v) - v), 0)
+
+    return jnp.sqrt(square(product(dual, a) - dual.b) / square(dual.b))
 
 
 @jax.jit

@@ -5,6 +5,3 @@
 
 from numpyro_bdl.guides.linearized_laplace import AutoLinearizedLaplace as AutoLinearizedLaplace
 from numpyro_bdl.guides.posterior import LaplacePosterior as LaplacePosterior
-from numpyro_bdl.linear.solvers import SGD as SGD
-from numpyro_bdl.linear.solvers import ConjugateGradient as ConjugateGradient
-from numpyro_bdl.linear.solvers import DualDescent as DualDescent

@@ -68,8 +68,8 @@ class AutoLinearizedLaplace(AutoContinuous):
     :param groups: For ``prior="per_group"``: a predicate of the name of a site for each name of a group.
     :param noise_site: A latent site that is the scale of a Normal likelihood, or a factor of it, to be learned too.
         Such sites stay where they were trained otherwise.
-    :param solver: ``"sgd"``, ``"cg"`` (the reference) or ``"dual"``, or a :class:`~numpyro_bdl.guides.SGD`,
-        :class:`~numpyro_bdl.guides.ConjugateGradient` or :class:`~numpyro_bdl.guides.DualDescent` with settings.
+    :param solver: ``"sgd"``, ``"cg"`` (the reference) or ``"dual"``, or a :class:`~numpyro_bdl.linear.SGD`,
+        :class:`~numpyro_bdl.linear.ConjugateGradient` or :class:`~numpyro_bdl.guides.DualDescent` with settings.
     :param em_steps: Most EM iterations.
     :param em_samples: Samples of the iterations, at most ``num_samples``.
     :param em_tolerance: EM stops when no logarithm of a precision or noise scale changes by more.

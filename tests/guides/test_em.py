@@ -14,9 +14,9 @@ from problems import FEATURES, TARGETS, N, P, log_evidence, regression, regressi
 from scipy.optimize import minimize
 
 from numpyro_bdl import AutoLinearizedLaplace
-from numpyro_bdl.guides import ConjugateGradient
 from numpyro_bdl.guides.em import Expectation, expectation, new_noise_scale, new_precisions
 from numpyro_bdl.guides.prior import Prior
+from numpyro_bdl.linear import ConjugateGradient
 from numpyro_bdl.linear.system import dots, products
 
 pytestmark = pytest.mark.filterwarnings("ignore:The weights are far from an optimum")

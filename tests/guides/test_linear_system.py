@@ -30,8 +30,8 @@ from problems import (
     system_of,
 )
 
-from numpyro_bdl.guides import SGD, ConjugateGradient, DualDescent
 from numpyro_bdl.guides.prior import diagonal
+from numpyro_bdl.linear import SGD, ConjugateGradient, DualDescent
 from numpyro_bdl.linear.solvers.steps import eigenvalues, stable_step
 from numpyro_bdl.linear.system import (
     Problem,

@@ -35,7 +35,7 @@ from problems import (
 from test_linear_system import several_sites, unit_vectors
 
 import numpyro_bdl as bdl
-from numpyro_bdl.guides import ConjugateGradient
+from numpyro_bdl.linear import ConjugateGradient
 from numpyro_bdl.linear.system import products
 
 FAR = "ignore:The weights are far from an optimum"
