@@ -223,9 +223,10 @@ class Samples:
                 )
             expected, found = shapes[name], draws[name].shape
             if found[2:] != expected:
+                axes = ", ".join(["chain", "draw", *map(str, expected)])
                 raise ValueError(
-                    f"Samples: the draws of '{name}' must have shape (chain, draw{''.join(f', {n}' for n in expected)}),"
-                    f" got {found}; value[None] adds an axis of chains."
+                    f"Samples: the draws of '{name}' must have shape ({axes}), got {found}; value[None] adds an axis of"
+                    " chains."
                 )
 
 
