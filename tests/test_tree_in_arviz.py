@@ -144,6 +144,7 @@ def test_sites_in_plates_and_their_events_are_named():
             mu = numpyro.sample("mu", dist.Normal())
             numpyro.deterministic("double", 2 * mu)
             numpyro.deterministic("sum", mu.sum())
+            numpyro.deterministic("two", mu[:2])
         numpyro.sample("w", dist.Normal().expand([2, 4]).to_event(1), infer={"event_dims": ["unit"]})
         with numpyro.plate("data", len(y)):
             numpyro.sample("y", dist.Normal(mu[0], 1), obs=y)
@@ -152,6 +153,7 @@ def test_sites_in_plates_and_their_events_are_named():
         "mu": ("group",),
         "double": ("group",),
         "sum": (),
+        "two": ("two_dim_0",),
         "w": ("w_dim_0", "unit"),
     }
 
