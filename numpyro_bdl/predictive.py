@@ -7,10 +7,7 @@ Memory holds one chunk of draws times one chunk of rows; the program is compiled
 for arguments of other shapes.
 """
 
-import warnings
 from collections.abc import Callable
-from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,11 +17,11 @@ from numpyro.infer import MCMC
 from tqdm.auto import tqdm
 
 from numpyro_bdl._arguments import Arguments
-from numpyro_bdl._checks import check_choice, check_finite_data, check_integer, named_arguments
-from numpyro_bdl.guides.posterior import LaplacePosterior
+from numpyro_bdl._checks import check_finite_data, check_integer, named_arguments
+from numpyro_bdl._runs import DrawSource, source_of
 from numpyro_bdl.potential import Potential, natural_parameter
 
-MEMBERS = ("position", "anchor", "both")
+PROBES = 64
 _AUTO_CHUNK = 1024
 
 
@@ -35,8 +32,9 @@ class PosteriorPredictive:
     integers, strings and None are fixed. Without positional arguments a method takes those of the run, all of their
     rows, with the keywords given put over those of the run (``train=False``, say).
 
-    :param mcmc: A run of any kernel of this package; or of NUTS or HMC on a model without frozen parameters; or the
-        posterior of :class:`~numpyro_bdl.AutoLinearizedLaplace`, of which it predicts by the tangent model.
+    :param posterior: A run of any kernel of this package; or of NUTS or HMC on a model without frozen parameters; or
+        :class:`~numpyro_bdl.Samples`, which has draws from elsewhere, of SVI and SteinVI too; or the posterior of
+        :class:`~numpyro_bdl.AutoLinearizedLaplace`, of which it predicts by the tangent model.
     :param members: ``"position"``, or, of a kernel that collected it, ``"anchor"``, or ``"both"`` (the draws of the
         position, then those of the anchor). Only the position follows the posterior: the anchors are for prediction.
     :param draw_chunk: Draws per chunk.
@@ -44,7 +42,8 @@ class PosteriorPredictive:
         cut along the plate of its observed sites, if it takes its rows by ``numpyro.subsample`` or the indices of the
         plate.
     :param progress_bar: Show a bar when the work takes more than two seconds.
-    :raises ValueError: for a run without draws, or members that were not collected.
+    :raises ValueError: for a run without draws, sites without draws, or members that were not collected.
+    :raises TypeError: for anything else, such as a dict.
 
     **Example**
 
@@ -70,24 +69,25 @@ class PosteriorPredictive:
 
     def __init__(
         self,
-        mcmc: MCMC | LaplacePosterior,
+        posterior: MCMC | DrawSource,
         *,
         members: str = "position",
         draw_chunk: int = 16,
         data_chunk: int | None | str = "auto",
         progress_bar: bool = True,
     ):
-        check_choice("PosteriorPredictive", "members", members, MEMBERS)
         check_integer("PosteriorPredictive", "draw_chunk", draw_chunk)
         if data_chunk not in (None, "auto"):
             check_integer("PosteriorPredictive", "data_chunk", data_chunk)
-        if isinstance(mcmc, LaplacePosterior):
-            check_choice("PosteriorPredictive", "members of a guide", members, ("position",))
-            self.potential, self._run_arguments = mcmc.potential, mcmc.arguments
-            values, mutable = mcmc.draws()
-        else:
-            self.potential, self._run_arguments = potential_of(mcmc), (mcmc._args, mcmc._kwargs)
-            values, mutable = _draws(mcmc, self.potential, members)
+        source = source_of("PosteriorPredictive", posterior, members)
+        self.potential, self._run_arguments = source.potential, source.arguments
+        values, mutable = source.draws()
+        missing = [site for site in self.potential.latent if site not in values]
+        if missing:
+            raise ValueError(
+                f"The run left these sites out of its draws, without which nothing can be predicted: {missing}."
+            )
+        values = {site: values[site] for site in self.potential.latent}
         leaves = jax.tree.leaves(values)
         self.batch_shape: tuple[int, int] = leaves[0].shape[:2]
         """Chains and draws."""
@@ -306,90 +306,3 @@ def _store(result: np.ndarray, block: np.ndarray, axis: int | None, d: int, r: i
     target, block = np.moveaxis(result, axis + 1, 1), np.moveaxis(block, axis + 1, 1)
     rows = min(block.shape[1], target.shape[1] - r)
     target[d : d + draws, r : r + rows] = block[:draws, :rows]
-
-
-# ---- draws of a run -----------------------------------------------------------------------------------------------
-
-
-def potential_of(mcmc: MCMC) -> Potential:
-    """The potential that a run was made with."""
-    if mcmc.last_state is None:
-        raise ValueError("The MCMC object holds no draws yet; run it first.")
-    kernel = mcmc.sampler
-    if not hasattr(kernel, "_prepare"):
-        return Potential(kernel.model, mcmc._args, mcmc._kwargs)
-    kernel._prepare(mcmc._args, mcmc._kwargs)
-    return kernel.potential
-
-
-def _draws(mcmc: MCMC, potential: Potential, members: str) -> tuple[dict, dict]:
-    """Constrained latent sites and mutable collections, (chain, draw, ...)."""
-    warn_of_bad_chains(mcmc)
-    collected = {"position": partial(positions, mcmc), "anchor": partial(anchors, mcmc, potential)}
-    names = ("position", "anchor") if members == "both" else (members,)
-    if members != "position" and potential.has_mutable:
-        warnings.warn(
-            "The mutable collections (BatchNorm) kept with the draws are those of the position; the anchors are"
-            " given them too.",
-            stacklevel=3,
-        )
-    draws = [collected[name]() for name in names]
-    missing = [site for site in potential.latent if site not in draws[0]]
-    if missing:
-        raise ValueError(
-            f"The run left these sites out of its draws, without which nothing can be predicted: {missing}."
-        )
-    values = _concatenate([{k: w[k] for k in potential.latent} for w in draws])
-    return values, _concatenate([_mutable(mcmc, potential)] * len(names))
-
-
-def positions(mcmc: MCMC) -> dict[str, Array]:
-    """Constrained draws of the position, (chain, draw, ...) by site."""
-    return mcmc.get_samples(group_by_chain=True)
-
-
-def anchors(mcmc: MCMC, potential: Potential) -> dict[str, Array]:
-    """Constrained draws of the anchor, (chain, draw, ...) by site.
-
-    :raises ValueError: if the run did not collect it.
-    """
-    unconstrained = mcmc.get_extra_fields(group_by_chain=True).get("z_anchor")
-    if unconstrained is None:
-        raise ValueError(
-            "The run collected no anchor; make the kernel with collect_anchor=True, or run with"
-            ' extra_fields=("z_anchor",).'
-        )
-    constrain = partial(potential.constrain, args=mcmc._args, kwargs=mcmc._kwargs)
-    return jax.vmap(jax.vmap(constrain))(unconstrained)
-
-
-def _mutable(mcmc: MCMC, potential: Potential) -> dict:
-    if not potential.has_mutable:
-        return {}
-    mutable = mcmc.get_extra_fields(group_by_chain=True).get("mutable")
-    if mutable is None:
-        raise ValueError(
-            f"The network has mutable collections (BatchNorm), which {type(mcmc.sampler).__name__} does not keep with"
-            " its draws; use a kernel of numpyro_bdl, or LayerNorm."
-        )
-    return mutable
-
-
-def _concatenate(trees: list) -> Any:
-    return jax.tree.map(lambda *w: jnp.concatenate(w, axis=1), *trees) if len(trees) > 1 else trees[0]
-
-
-def bad_chains(mcmc: MCMC) -> dict[int, int]:
-    """Chains that met a gradient that was not finite, each with the step."""
-    first = np.atleast_1d(getattr(mcmc.last_state, "first_bad_step", -1))
-    return {chain: int(step) for chain, step in enumerate(first) if step >= 0}
-
-
-def warn_of_bad_chains(mcmc: MCMC) -> None:
-    """Warn of chains whose later draws are NaN."""
-    for chain, step in bad_chains(mcmc).items():
-        warnings.warn(
-            f"Chain {chain} met a gradient that was not finite at step {step}; its draws from there on are NaN. Most"
-            " often the step size is too large: take a smaller one, or leave that chain out.",
-            stacklevel=3,
-        )

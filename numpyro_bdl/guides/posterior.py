@@ -65,6 +65,11 @@ class LaplacePosterior:
         """The tangent model, in place of the model's own potential."""
         return TangentPotential(self.system.model)
 
+    @property
+    def markov(self) -> bool:
+        """False: its samples are independent."""
+        return False
+
     def draws(self) -> tuple[dict[str, Array], dict]:
         """Samples and mutable collections as of one chain, (1, sample, ...)."""
         count = len(next(iter(self.samples.values())))
@@ -109,6 +114,10 @@ class LaplacePosterior:
         ends = np.cumsum([0, *(eta[name].size for name in sorted(eta))])
         blocks = {name: slice(*ends[n : n + 2]) for n, name in enumerate(sorted(eta))}
         return {name: np.asarray(joint[b, b]).reshape(2 * eta[name].shape) for name, b in blocks.items()}
+
+    def tree_groups(self) -> dict:
+        """No groups of its own in a tree."""
+        return {}
 
     def attributes(self) -> dict[str, Any]:
         """What a tree says of it."""
