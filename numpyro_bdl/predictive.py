@@ -17,15 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, random
 from numpyro.infer import MCMC
-from tqdm.auto import tqdm
 
-from numpyro_bdl._arguments import Arguments
 from numpyro_bdl._checks import check_choice, check_finite_data, check_integer, named_arguments
+from numpyro_bdl._evaluation import Evaluation
 from numpyro_bdl.guides.posterior import LaplacePosterior
 from numpyro_bdl.potential import Potential, natural_parameter
 
 MEMBERS = ("position", "anchor", "both")
-_AUTO_CHUNK = 1024
 
 
 class PosteriorPredictive:
@@ -154,59 +152,37 @@ class PosteriorPredictive:
 
     def _map(self, extract: Callable, key: Array, names, args: tuple, kwargs: dict, rows: np.ndarray | None = None):
         """One output for each site, draw and row (of the given rows, or all)."""
+        evaluation = self._evaluation(extract, key, names, args, kwargs, rows)
+        results = {
+            name: np.empty((evaluation.num_draws, *out.shape), out.dtype) for name, out in evaluation.outputs.items()
+        }
+        for name, where, block in evaluation.blocks(progress_bar=self._progress_bar):
+            results[name][where] = block
+        if extract is not _function:
+            # of functions rows come before outputs, whatever the order of the plates
+            inside = {name: axis + 1 for name in results if (axis := evaluation.row_axis(name)) is not None}
+            results |= {name: np.moveaxis(results[name], 1, axis) for name, axis in inside.items()}
+        return {name: result.reshape(*self.batch_shape, *result.shape[1:]) for name, result in results.items()}
+
+    def _evaluation(
+        self, extract: Callable, key: Array, names, args: tuple, kwargs: dict, rows: np.ndarray | None = None
+    ) -> Evaluation:
         args, kwargs = self._complete(args, kwargs)
         check_finite_data(named_arguments(self.potential.model, args, kwargs))
-        names = tuple(self.potential.observed) if names is None else tuple(names)
-        arguments = Arguments(args, kwargs)
-        call, arrays = _Call(self.potential, extract, names, arguments), arguments.arrays(args, kwargs)
-        first = jax.tree.map(lambda w: w[0], self._draws)
-        outputs, frames, plates = call.describe(*first, key, {}, arrays)
-        plate = self.potential.data_plate(plates)
-        axes = {name: _row_axis(frames[name], plate) for name in names}
-
-        size = plates[plate] if plate else 1
-        limit = self._data_chunk if isinstance(self._data_chunk, int) else size
-        limit = _AUTO_CHUNK if self._data_chunk == "auto" else limit
-        some = rows is not None and len(rows) < size
-        rows = np.arange(size) if rows is None else rows
-        chunk = min(len(rows), limit)
-        cut = plate is not None and chunk < size
-        if cut and not call.can_be_cut(*first, key, {plate: jnp.arange(chunk)}, arrays, outputs, axes):
-            if isinstance(self._data_chunk, int) and self._data_chunk < size:
-                raise ValueError(
-                    f"The model can't be cut into {chunk} of the {size} rows of its plate '{plate}': inside the plate,"
-                    " take the rows of every array by numpyro.subsample(array, event_dim=...); or give data_chunk=None."
-                )
-            cut, chunk = False, len(rows)
-        program = self._programs.setdefault(
-            (call.identity, cut), jax.jit(jax.vmap(call, in_axes=(0, 0, 0, None, None)))
+        return Evaluation(
+            self.potential,
+            self._draws,
+            extract,
+            tuple(self.potential.observed) if names is None else tuple(names),
+            key,
+            args,
+            kwargs,
+            run_arguments=self._run_arguments,
+            rows=rows,
+            programs=self._programs,
+            draw_chunk=self._draw_chunk,
+            data_chunk=self._data_chunk,
         )
-
-        draws = len(jax.tree.leaves(self._draws)[0])
-        results = {
-            name: np.empty((draws, *(len(rows) if n == axes[name] else m for n, m in enumerate(out.shape))), out.dtype)
-            for name, out in outputs.items()
-        }
-        keys = random.split(key, draws)
-        starts = [(d, r) for d in range(0, draws, self._draw_chunk) for r in range(0, len(rows), chunk)]
-        # the bar appears only if the work is long
-        for d, r in tqdm(starts, desc="predict", delay=2, disable=not self._progress_bar):
-            # the last chunk is filled up, so that one program serves all
-            take = np.minimum(np.arange(d, d + min(self._draw_chunk, draws)), draws - 1)
-            taken = rows[np.minimum(np.arange(r, r + chunk), len(rows) - 1)]
-            values, mutable = jax.tree.map(lambda w, take=take: w[take], self._draws)
-            chunk_keys = jax.vmap(random.fold_in, (0, None))(keys[take], r)
-            block = program(values, mutable, chunk_keys, {plate: jnp.asarray(taken)} if cut else {}, arrays)
-            for name, axis in axes.items():
-                values = np.asarray(block[name])
-                if some and not cut and axis is not None:
-                    values = np.take(values, rows, axis + 1)
-                _store(results[name], values, axis, d, r)
-        if extract is _function:
-            # rows before outputs, whatever the order of the plates
-            inside = {name: axis + 1 for name, axis in axes.items() if axis is not None}
-            results |= {name: np.moveaxis(results[name], axis, 1) for name, axis in inside.items()}
-        return {name: result.reshape(*self.batch_shape, *result.shape[1:]) for name, result in results.items()}
 
     def _complete(self, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """The arguments of the run, with the given keywords over them, unless a call of its own is given."""
@@ -216,63 +192,7 @@ class PosteriorPredictive:
         return run_args, run_kwargs | kwargs
 
 
-class _Call:
-    """A model call as a pure function of one draw: arrays among its arguments are traced, the rest is fixed."""
-
-    def __init__(self, potential: Potential, extract: Callable, names: tuple[str, ...], arguments: Arguments):
-        self.potential, self.extract, self.names, self.arguments = potential, extract, names, arguments
-
-    @property
-    def identity(self) -> tuple:
-        """What a compiled program depends on, besides shapes; the program keeps the fixed arguments alive."""
-        return self.extract, self.names, self.arguments
-
-    def _run(self, values, mutable, key, rows, arrays):
-        args, kwargs = self.arguments.join(arrays)
-        key_model, key_site = random.split(key)
-        sites = self.potential.run(values, rows, key_model, mutable, args, kwargs)
-        outputs = {
-            name: self.extract(name, _get(sites, name), random.fold_in(key_site, n))
-            for n, name in enumerate(self.names)
-        }
-        return outputs, sites
-
-    def __call__(self, values, mutable, key, rows, arrays) -> dict[str, Array]:
-        return self._run(values, mutable, key, rows, arrays)[0]
-
-    def describe(self, values, mutable, key, rows, arrays) -> tuple[dict, dict[str, dict], dict[str, int]]:
-        """Shapes of the outputs, the sites they come from, and the sizes of all plates; no flops."""
-        found: dict[str, dict] = {}
-
-        def run(*inputs):
-            outputs, sites = self._run(*inputs)
-            found.update(sites)
-            return outputs
-
-        shapes = jax.eval_shape(run, values, mutable, key, rows, arrays)
-        plates = {name: site["args"][0] for name, site in found.items() if site["type"] == "plate"}
-        return shapes, {name: found[name] for name in self.names}, plates
-
-    def can_be_cut(self, values, mutable, key, rows, arrays, outputs: dict, axes: dict[str, int | None]) -> bool:
-        """Whether the outputs shrink to the given rows of the plate, and nothing else changes."""
-        (chunk,) = (len(index) for index in rows.values())
-        try:
-            cut = self.describe(values, mutable, key, rows, arrays)[0]
-        except (ValueError, TypeError):
-            return False
-        return all(
-            cut[name].shape == tuple(chunk if n == axes[name] else m for n, m in enumerate(out.shape))
-            for name, out in outputs.items()
-        )
-
-
 # ---- what is taken from a site ------------------------------------------------------------------------------------
-
-
-def _get(sites: dict, name: str) -> dict:
-    if name not in sites:
-        raise ValueError(f"The model has no site '{name}'; it has: {', '.join(sites)}.")
-    return sites[name]
 
 
 def _function(name: str, site: dict, key: Array) -> Array:
@@ -287,25 +207,6 @@ def _log_prob(name: str, site: dict, key: Array) -> Array:
 
 def _sample(name: str, site: dict, key: Array) -> Array:
     return site["fn"].sample(key)
-
-
-def _row_axis(site: dict, plate: str | None) -> int | None:
-    """The axis of a site's output along which the rows of the plate lie; None if the site lies outside of it."""
-    dims = {frame.name: frame.dim for frame in site["cond_indep_stack"]}
-    if plate not in dims:
-        return None
-    batch = -min(dims.values()) if site["type"] == "deterministic" else len(site["fn"].batch_shape)
-    return batch + dims[plate]
-
-
-def _store(result: np.ndarray, block: np.ndarray, axis: int | None, d: int, r: int) -> None:
-    draws = min(len(block), len(result) - d)
-    if axis is None:
-        result[d : d + draws] = block[:draws]
-        return
-    target, block = np.moveaxis(result, axis + 1, 1), np.moveaxis(block, axis + 1, 1)
-    rows = min(block.shape[1], target.shape[1] - r)
-    target[d : d + draws, r : r + rows] = block[:draws, :rows]
 
 
 # ---- draws of a run -----------------------------------------------------------------------------------------------
