@@ -7,14 +7,14 @@ One block is in memory, and while it is read the device works on the next. The p
 since the last of them are filled up.
 """
 
-from collections.abc import Callable, Iterator
-from itertools import chain, pairwise
+from collections.abc import Callable, Iterable, Iterator
+from math import ceil
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array, random
+from jax import Array, lax, random
 from tqdm.auto import tqdm
 
 from numpyro_bdl._arguments import Arguments
@@ -33,8 +33,8 @@ class Evaluation:
     :param run_arguments: Arguments of the run, for the text of an error.
     :param rows: Rows of the data plate to take; None for all.
     :param programs: Compiled programs of evaluations before, to which those of this one are added.
-    :param draw_chunk: Draws in a block.
-    :param data_chunk: Rows in a block, None for all, or ``"auto"``.
+    :param draw_chunk: Draws in a block, at most.
+    :param data_chunk: Rows in a block, at most; None for all, or ``"auto"``.
     :raises ValueError: for a model that can't be cut into this many rows, or arguments that don't fit.
     """
 
@@ -73,21 +73,21 @@ class Evaluation:
         size = plates[plate] if plate else 1
         self._some = rows is not None and len(rows) < size
         self._rows = np.arange(size) if rows is None else rows
-        limits = {None: size, "auto": AUTO_CHUNK}
-        self.row_chunk = chunk = min(len(self._rows), limits.get(data_chunk, data_chunk))
+        limit = data_chunk if isinstance(data_chunk, int) else size if data_chunk is None else AUTO_CHUNK
+        self._row_chunk = chunk = _even(len(self._rows), limit)
         self._cut = plate is not None and chunk < size
         if self._cut and not call.can_be_cut(
             *first, key, {plate: jnp.arange(chunk)}, self._arrays, outputs, self._axes
         ):
             if isinstance(data_chunk, int) and data_chunk < size:
                 raise ValueError(
-                    f"The model can't be cut into {chunk} of the {size} rows of its plate '{plate}': inside the plate,"
+                    f"The model can't be cut into {limit} of the {size} rows of its plate '{plate}': inside the plate,"
                     " take the rows of every array by numpyro.subsample(array, event_dim=...); or give data_chunk=None."
                 )
-            self._cut, self.row_chunk = False, len(self._rows)
+            self._cut, self._row_chunk = False, len(self._rows)
         self._draws = draws
         self.num_draws = len(jax.tree.leaves(draws)[0])
-        self._draw_chunk = min(draw_chunk, self.num_draws)
+        self._draw_chunk = _even(self.num_draws, draw_chunk)
         self._keys = random.split(key, self.num_draws)
         self._program = programs.setdefault((call.identity, self._cut), jax.jit(call.over_draws))
 
@@ -115,16 +115,17 @@ class Evaluation:
         :param draws_first: All rows for a chunk of draws, then the next chunk, so that each draw is brought to the
             device once; or else all draws for a chunk of rows.
         """
-        draws, rows = range(0, self.num_draws, self._draw_chunk), range(0, len(self._rows), self.row_chunk)
+        draws, rows = range(0, self.num_draws, self._draw_chunk), range(0, len(self._rows), self._row_chunk)
         starts = [(d, r) for d in draws for r in rows] if draws_first else [(d, r) for r in rows for d in draws]
         # the bar appears only if the work is long
-        bar = tqdm(total=len(starts), desc="predict", delay=2, disable=not progress_bar)
-        with bar:
-            for block, _ in pairwise(chain(self._dispatched(starts), [None])):
-                yield from self._read(*block)
-                bar.update()
+        begun = self._begun(tqdm(starts, desc="predict", delay=2, disable=not progress_bar))
+        block = next(begun)
+        for following in begun:  # the device works on this one while the one before is read
+            yield from self._read(*block)
+            block = following
+        yield from self._read(*block)
 
-    def _dispatched(self, starts: list[tuple[int, int]]) -> Iterator[tuple[int, int, dict]]:
+    def _begun(self, starts: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int, dict]]:
         """Blocks on the device, as they are begun."""
         at = None
         for d, r in starts:
@@ -132,7 +133,7 @@ class Evaluation:
                 at, some = d, self._filled(d, self._draw_chunk, self.num_draws)
                 values, mutable, keys = jax.tree.map(lambda w, some=some: w[some], (*self._draws, self._keys))
                 values, mutable = jax.device_put((values, mutable))
-            taken = {self._plate: self._rows[self._filled(r, self.row_chunk, len(self._rows))]} if self._cut else {}
+            taken = {self._plate: self._rows[self._filled(r, self._row_chunk, len(self._rows))]} if self._cut else {}
             yield d, r, self._program(values, mutable, keys, r, taken, self._arrays)
 
     @staticmethod
@@ -144,21 +145,15 @@ class Evaluation:
 
     def _read(self, d: int, r: int, block: dict) -> Iterator[tuple[str, tuple, Any]]:
         draws = slice(d, min(d + self._draw_chunk, self.num_draws))
-        rows = slice(r, min(r + self.row_chunk, len(self._rows)))
+        rows = slice(r, min(r + self._row_chunk, len(self._rows)))
+        picked = self._rows if self._some and not self._cut else slice(rows.stop - rows.start)
         for name, axis in self._axes.items():
-            where = (draws,) if axis is None else (draws, rows)
-            if axis is None and r > 0:
-                continue  # the same for each chunk of rows
-
-            def read(values: Array, axis=axis) -> np.ndarray:
-                values = np.asarray(values)[: draws.stop - draws.start]
-                if axis is None:
-                    return values
-                values = np.moveaxis(values, axis + 1, 1)
-                values = values[:, self._rows] if self._some and not self._cut else values
-                return values[:, : rows.stop - rows.start]
-
-            yield name, where, jax.tree.map(read, block[name])
+            parts = jax.tree.map(lambda part: np.asarray(part)[: draws.stop - draws.start], block[name])
+            if axis is not None:
+                parts = jax.tree.map(lambda part, axis=axis: np.moveaxis(part, axis + 1, 1)[:, picked], parts)
+                yield name, (draws, rows), parts
+            elif r == 0:  # it is the same for each chunk of rows
+                yield name, (draws,), parts
 
 
 class _Call:
@@ -188,6 +183,9 @@ class _Call:
         def one(values, mutable, key):
             return self._run(values, mutable, random.fold_in(key, start), rows, arrays)[0]
 
+        if jax.default_backend() == "cpu":
+            # the rows of one draw keep it busy, by matrix products that are faster there than batched ones
+            return lax.map(lambda draw: one(*draw), (values, mutable, keys))
         return jax.vmap(one)(values, mutable, keys)
 
     def describe(self, values, mutable, key, rows, arrays) -> tuple[dict, dict[str, dict], dict[str, int]]:
@@ -221,6 +219,11 @@ class _Call:
         )
 
 
+def _even(count: int, most: int) -> int:
+    """The size of as few chunks as there can be with so many at most, so that the last is nearly full too."""
+    return ceil(count / ceil(count / most))
+
+
 def _get(sites: dict, name: str) -> dict:
     if name not in sites:
         raise ValueError(f"The model has no site '{name}'; it has: {', '.join(sites)}.")
@@ -238,9 +241,9 @@ def _row_axis(site: dict, plate: str | None) -> int | None:
 
 def _differences(model: Callable, given: tuple, of_run: tuple) -> str:
     """Which arguments differ from those of the run in more than their rows."""
-    of_run = named_arguments(model, *of_run)
+    before = named_arguments(model, *of_run)
     return "; ".join(
-        f"'{name}' has shape {np.shape(value)}, in the run {np.shape(of_run[name])}"
+        f"'{name}' has shape {np.shape(value)}, in the run {np.shape(before[name])}"
         for name, value in named_arguments(model, *given).items()
-        if hasattr(value, "shape") and np.shape(value)[1:] != np.shape(of_run.get(name, value))[1:]
+        if hasattr(value, "shape") and np.shape(value)[1:] != np.shape(before.get(name, value))[1:]
     )

@@ -8,7 +8,7 @@ for arguments of other shapes.
 """
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import Any
 
@@ -22,6 +22,7 @@ from numpyro_bdl._checks import check_choice, check_finite_data, check_integer, 
 from numpyro_bdl._evaluation import Evaluation
 from numpyro_bdl.guides.posterior import LaplacePosterior
 from numpyro_bdl.potential import Potential, natural_parameter
+from numpyro_bdl.summary import ClassSummary, NumberSummary, accumulate, law, law_and_new_data, log_density
 
 MEMBERS = ("position", "anchor", "both")
 
@@ -37,12 +38,13 @@ class PosteriorPredictive:
         posterior of :class:`~numpyro_bdl.AutoLinearizedLaplace`, of which it predicts by the tangent model.
     :param members: ``"position"``, or, of a kernel that collected it, ``"anchor"``, or ``"both"`` (the draws of the
         position, then those of the anchor). Only the position follows the posterior: the anchors are for prediction.
-    :param draw_chunk: Draws per chunk.
-    :param data_chunk: Rows per chunk; None for all; ``"auto"`` for 1024, or all if the model can't be cut. A model is
+    :param chains: Numbers of the chains to take; None for all.
+    :param draw_chunk: Draws per chunk, at most.
+    :param data_chunk: Rows per chunk, at most; None for all; ``"auto"`` for 1024, or all if the model can't be cut. A model is
         cut along the plate of its observed sites, if it takes its rows by ``numpyro.subsample`` or the indices of the
         plate.
     :param progress_bar: Show a bar when the work takes more than two seconds.
-    :raises ValueError: for a run without draws, or members that were not collected.
+    :raises ValueError: for a run without draws, members that were not collected, or chains that there are not.
 
     **Example**
 
@@ -71,6 +73,7 @@ class PosteriorPredictive:
         mcmc: MCMC | LaplacePosterior,
         *,
         members: str = "position",
+        chains: Sequence[int] | None = None,
         draw_chunk: int = 16,
         data_chunk: int | None | str = "auto",
         progress_bar: bool = True,
@@ -86,10 +89,18 @@ class PosteriorPredictive:
         else:
             self.potential, self._run_arguments = potential_of(mcmc), (mcmc._args, mcmc._kwargs)
             values, mutable = _draws(mcmc, self.potential, members)
-        leaves = jax.tree.leaves(values)
-        self.batch_shape: tuple[int, int] = leaves[0].shape[:2]
+        draws = jax.tree.map(np.asarray, (values, mutable))
+        count = len(jax.tree.leaves(draws)[0])
+        self._chains = tuple(range(count)) if chains is None else tuple(chains)
+        if not self._chains or not set(self._chains) <= set(range(count)):
+            raise ValueError(f"PosteriorPredictive: chains must be some of 0 to {count - 1}, got {chains!r}.")
+        if not isinstance(mcmc, LaplacePosterior):
+            warn_of_bad_chains(mcmc, self._chains)
+        if chains is not None:
+            draws = jax.tree.map(lambda w: w[list(self._chains)], draws)
+        self.batch_shape: tuple[int, int] = jax.tree.leaves(draws)[0].shape[:2]
         """Chains and draws."""
-        self._draws = jax.tree.map(lambda w: np.asarray(w).reshape(-1, *w.shape[2:]), (values, mutable))
+        self._draws = jax.tree.map(lambda w: w.reshape(-1, *w.shape[2:]), draws)
         self._draw_chunk, self._data_chunk, self._progress_bar = draw_chunk, data_chunk, progress_bar
         self._programs: dict = {}
 
@@ -116,6 +127,82 @@ class PosteriorPredictive:
         :return: By site, an array (chain, draw, row, ...).
         """
         return self._map(_sample, rng_key, None, args, kwargs)
+
+    def summary(
+        self,
+        *args,
+        sites: tuple[str, ...] | None = None,
+        quantiles: Sequence[float] = (),
+        rng_key: Array | None = None,
+        **kwargs,
+    ) -> dict[str, NumberSummary | ClassSummary]:
+        r"""What the mixture of all draws predicts, accumulated so that the draws' predictions are never held at once.
+
+        The memory is that of the result, twice one block of ``draw_chunk`` times ``data_chunk``, and the draws
+        themselves, whatever their number. Quantiles, which are exact for the values drawn, need all draws of a chunk of
+        rows: 12 bytes for each draw and number, which are 123 MB for 10⁴ draws and 1024 rows. They also bring
+        the draws to the device once for each chunk of rows and not once; a larger ``data_chunk`` makes that rarer.
+
+        :param sites: Names of observed sites; None for all.
+        :param quantiles: Levels from 0 to 1. A quantile :math:`y_q` is that of one new value for each draw, so that it
+            has a standard error of :math:`\sqrt{q (1 - q) / S} / \bar p(y_q)` for S independent draws.
+        :param rng_key: PRNG key of the new values, which are those of :meth:`sample`; needed for quantiles alone.
+        :return: By site, a :class:`~numpyro_bdl.summary.ClassSummary` for a Categorical or Bernoulli, else a
+            :class:`~numpyro_bdl.summary.NumberSummary`: arrays (row, ...) in double precision.
+        :raises ValueError: for draws or predictions that are NaN, quantiles of classes, unknown sites, or a law whose
+            mean NumPyro doesn't know.
+
+        **Example**
+
+        .. doctest::
+
+            >>> import jax.numpy as jnp, numpyro, numpyro.distributions as dist
+            >>> from jax import random
+            >>> from numpyro.infer import MCMC
+            >>> import numpyro_bdl as bdl
+            >>> def model(y=None, rows=3):
+            ...     mu = numpyro.sample("mu", dist.Normal(0, 1))
+            ...     with numpyro.plate("data", rows):
+            ...         numpyro.sample("y", dist.Normal(mu, 2.0), obs=y)
+            >>> mcmc = MCMC(bdl.SGLD(model, step_size=0.1), num_warmup=10, num_samples=50, progress_bar=False)
+            >>> mcmc.run(random.key(0), jnp.zeros(3))
+            >>> summary = bdl.PosteriorPredictive(mcmc).summary(quantiles=(0.05, 0.95), rng_key=random.key(1))["y"]
+            >>> summary.mean_of_variances.tolist(), summary.quantiles.shape
+            ([4.0, 4.0, 4.0], (3, 2))
+        """
+        unknown = [name for name in sites or () if name not in self.potential.observed]
+        if unknown:
+            raise ValueError(f"summary: sites must be observed ones, {list(self.potential.observed)}, got {unknown}.")
+        levels = np.asarray(quantiles, np.float64)
+        if levels.ndim != 1 or not ((levels >= 0) & (levels <= 1)).all():
+            raise ValueError(f"summary: quantiles must be levels from 0 to 1, got {quantiles!r}.")
+        if len(levels) and rng_key is None:
+            raise ValueError("summary: quantiles are of new values; give an rng_key to draw them with.")
+        self._check_draws()
+        key = random.key(0) if rng_key is None else rng_key
+        evaluation = self._evaluation(law_and_new_data if len(levels) else law, key, sites, args, kwargs)
+        of_classes = [name for name, parts in evaluation.outputs.items() if "logits" in parts]
+        if len(levels) and of_classes:
+            raise ValueError(
+                f"summary: the sites {of_classes} are of classes, without quantiles; name others by sites."
+            )
+        return accumulate(evaluation, levels, self._place, self._progress_bar)
+
+    def _place(self, draw: int) -> str:
+        chain, draw = divmod(draw, self.batch_shape[1])
+        return f"chain {self._chains[chain]}, draw {draw}"
+
+    def _check_draws(self) -> None:
+        """Refuse draws that are not finite, of which a mixture would be NaN for every row."""
+        leaves = [w for w in jax.tree.leaves(self._draws) if jnp.issubdtype(w.dtype, jnp.inexact)]
+        draws = range(len(leaves[0]))
+        bad = [n for n in draws if not all(np.isfinite(w[n]).all() for w in leaves)]
+        if bad:
+            chains = sorted({self._chains[n // self.batch_shape[1]] for n in bad})
+            raise ValueError(
+                f"summary: {len(bad)} of {len(draws)} draws are NaN or infinite, the first at {self._place(bad[0])}."
+                f" Leave chains {chains} out by PosteriorPredictive(mcmc, chains=...), or take a smaller step."
+            )
 
     def functions_at_rows(
         self, count: int, sites: tuple[str, ...] | None = None, **kwargs
@@ -202,7 +289,7 @@ def _function(name: str, site: dict, key: Array) -> Array:
 def _log_prob(name: str, site: dict, key: Array) -> Array:
     if not site["is_observed"]:
         raise ValueError(f"log_likelihood needs an observation at site '{name}', as in log_likelihood(x_test, y_test).")
-    return site["fn"].log_prob(site["value"])
+    return log_density(name, site)
 
 
 def _sample(name: str, site: dict, key: Array) -> Array:
@@ -225,7 +312,6 @@ def potential_of(mcmc: MCMC) -> Potential:
 
 def _draws(mcmc: MCMC, potential: Potential, members: str) -> tuple[dict, dict]:
     """Constrained latent sites and mutable collections, (chain, draw, ...)."""
-    warn_of_bad_chains(mcmc)
     collected = {"position": partial(positions, mcmc), "anchor": partial(anchors, mcmc, potential)}
     names = ("position", "anchor") if members == "both" else (members,)
     if members != "position" and potential.has_mutable:
@@ -286,9 +372,10 @@ def bad_chains(mcmc: MCMC) -> dict[int, int]:
     return {chain: int(step) for chain, step in enumerate(first) if step >= 0}
 
 
-def warn_of_bad_chains(mcmc: MCMC) -> None:
-    """Warn of chains whose later draws are NaN."""
-    for chain, step in bad_chains(mcmc).items():
+def warn_of_bad_chains(mcmc: MCMC, among: Collection[int] | None = None) -> None:
+    """Warn of chains, among some or all, whose later draws are NaN."""
+    bad = {chain: step for chain, step in bad_chains(mcmc).items() if among is None or chain in among}
+    for chain, step in bad.items():
         warnings.warn(
             f"Chain {chain} met a gradient that was not finite at step {step}; its draws from there on are NaN. Most"
             " often the step size is too large: take a smaller one, or leave that chain out.",
