@@ -11,6 +11,23 @@ import numpy as np
 from scipy.special import entr, logsumexp, softmax
 
 
+class Mean:
+    """Mean, also where a number is infinite."""
+
+    def __init__(self):
+        self._count, self._sum = 0, np.zeros(())
+
+    def add(self, values: np.ndarray) -> None:
+        """Take in a block."""
+        self._count += len(values)
+        self._sum = self._sum + values.sum(0, dtype=np.float64)
+
+    @property
+    def value(self) -> np.ndarray:
+        """Of the draws so far."""
+        return self._sum / self._count
+
+
 class Moments:
     r"""Mean and variance. A block of n draws is merged with the m before it by
 
@@ -64,24 +81,23 @@ class Classes:
     r"""Class probabilities of the mixture, :math:`\bar p = \frac1S \sum_s p_s`, and entropies."""
 
     def __init__(self):
-        self._count, self._probabilities, self._entropy = 0, np.zeros(()), np.zeros(())
+        self._probabilities, self._entropy = Mean(), Mean()
 
     def add(self, logits: np.ndarray) -> None:
         """Take in a block of logits, (draw, ..., class)."""
         probabilities = softmax(logits.astype(np.float64), -1)
-        self._count += len(logits)
-        self._probabilities = self._probabilities + probabilities.sum(0)
-        self._entropy = self._entropy + entropy(probabilities).sum(0)
+        self._probabilities.add(probabilities)
+        self._entropy.add(entropy(probabilities))
 
     @property
     def mean_probabilities(self) -> np.ndarray:
         """Of the mixture, (..., class)."""
-        return self._probabilities / self._count
+        return self._probabilities.value
 
     @property
     def expected_entropy(self) -> np.ndarray:
         r""":math:`\frac1S \sum_s H[p_s]`, (...)."""
-        return self._entropy / self._count
+        return self._entropy.value
 
     @property
     def mutual_information(self) -> np.ndarray:

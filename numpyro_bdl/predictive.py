@@ -40,9 +40,9 @@ class PosteriorPredictive:
         position, then those of the anchor). Only the position follows the posterior: the anchors are for prediction.
     :param chains: Numbers of the chains to take; None for all.
     :param draw_chunk: Draws per chunk, at most.
-    :param data_chunk: Rows per chunk, at most; None for all; ``"auto"`` for 1024, or all if the model can't be cut. A model is
-        cut along the plate of its observed sites, if it takes its rows by ``numpyro.subsample`` or the indices of the
-        plate.
+    :param data_chunk: Rows per chunk, at most; None for all; ``"auto"`` for 1024, or all if the model can't be cut. A
+        model is cut along the plate of its observed sites, if it takes its rows by ``numpyro.subsample`` or the indices
+        of the plate.
     :param progress_bar: Show a bar when the work takes more than two seconds.
     :raises ValueError: for a run without draws, members that were not collected, or chains that there are not.
 

@@ -17,7 +17,7 @@ import numpyro.distributions as dist
 from jax import Array
 from jaxtyping import Float
 
-from numpyro_bdl._accumulators import Classes, LogMeanExp, Moments, Values, entropy
+from numpyro_bdl._accumulators import Classes, LogMeanExp, Mean, Moments, Values, entropy
 from numpyro_bdl._evaluation import Evaluation
 from numpyro_bdl.natural_parameter import natural_parameter, without_wrappers
 
@@ -105,7 +105,7 @@ def log_density(name: str, site: dict) -> Array:
 _ACCUMULATORS = {
     "logits": Classes,
     "mean": Moments,
-    "variance": Moments,
+    "variance": Mean,
     "log_density": LogMeanExp,
     "new_data": Values,
 }
@@ -162,7 +162,7 @@ def _summary(found: dict, quantiles: np.ndarray) -> NumberSummary | ClassSummary
             classes.mutual_information,
             density,
         )
-    aleatoric, epistemic = found["variance"].mean, found["mean"].variance
+    aleatoric, epistemic = found["variance"].value, found["mean"].variance
     levels = found["new_data"].quantiles(quantiles) if "new_data" in found else None
     return NumberSummary(found["mean"].mean, aleatoric + epistemic, aleatoric, epistemic, density, levels)
 
