@@ -183,7 +183,7 @@ class _Call:
         def one(values, mutable, key):
             return self._run(values, mutable, random.fold_in(key, start), rows, arrays)[0]
 
-        if jax.default_backend() == "cpu":
+        if jax.default_backend() == "cpu" and not self.potential.draws_share_work:
             # the rows of one draw keep it busy, by matrix products that are faster there than batched ones
             return lax.map(lambda draw: one(*draw), (values, mutable, keys))
         return jax.vmap(one)(values, mutable, keys)
