@@ -4,6 +4,7 @@
 """Where draws come from: what prediction and trees ask of a source, and an MCMC run as one."""
 
 import warnings
+from collections.abc import Collection
 from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
@@ -58,15 +59,18 @@ class DrawSource(Protocol):
         ...
 
 
-def source_of(owner: str, posterior: Any, members: str = "position") -> DrawSource:
+def source_of(
+    owner: str, posterior: Any, members: str = "position", chains: Collection[int] | None = None
+) -> DrawSource:
     """The draws of what a user hands in.
 
+    :param chains: The chains that matter, for what is warned of; None for all.
     :raises TypeError: for anything that is neither a run nor a source.
     :raises ValueError: for a run without draws, and other members of a source than its draws.
     """
     check_choice(owner, "members", members, MEMBERS)
     if isinstance(posterior, MCMC):
-        return Run(posterior, members)
+        return Run(posterior, members, chains)
     if not isinstance(posterior, DrawSource):
         raise TypeError(
             f"{owner} needs an MCMC run, a posterior of AutoLinearizedLaplace, or numpyro_bdl.Samples, got an object of"
@@ -81,11 +85,11 @@ def source_of(owner: str, posterior: Any, members: str = "position") -> DrawSour
 class Run:
     """The draws of an MCMC run: those of the position, of the anchor, or of both one after the other."""
 
-    def __init__(self, mcmc: MCMC, members: str = "position"):
+    def __init__(self, mcmc: MCMC, members: str = "position", chains: Collection[int] | None = None):
         self.potential = potential_of(mcmc)
         self.arguments = mcmc._args, mcmc._kwargs
         self._mcmc, self._members = mcmc, members
-        warn_of_bad_chains(mcmc)
+        warn_of_bad_chains(mcmc, chains)
         if members != "position" and self.potential.has_mutable:
             warnings.warn(
                 "The mutable collections (BatchNorm) kept with the draws are those of the position; the anchors are"
@@ -205,9 +209,10 @@ def bad_chains(mcmc: MCMC) -> dict[int, int]:
     return {chain: int(step) for chain, step in enumerate(first) if step >= 0}
 
 
-def warn_of_bad_chains(mcmc: MCMC) -> None:
-    """Warn of chains whose later draws are NaN."""
-    for chain, step in bad_chains(mcmc).items():
+def warn_of_bad_chains(mcmc: MCMC, among: Collection[int] | None = None) -> None:
+    """Warn of chains, among some or all, whose later draws are NaN."""
+    bad = {chain: step for chain, step in bad_chains(mcmc).items() if among is None or chain in among}
+    for chain, step in bad.items():
         warnings.warn(
             f"Chain {chain} met a gradient that was not finite at step {step}; its draws from there on are NaN. Most"
             " often the step size is too large: take a smaller one, or leave that chain out.",

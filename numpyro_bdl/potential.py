@@ -104,6 +104,9 @@ class Potential:
         [1.044, 10.176]
     """
 
+    draws_share_work = False
+    """Whether to evaluate several draws at once takes less work than one after the other."""
+
     def __init__(
         self,
         model: Callable,

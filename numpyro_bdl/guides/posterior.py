@@ -133,6 +133,8 @@ class LaplacePosterior:
 class TangentPotential(Potential):
     """The potential of a model, with runs of its tangent in place of its own."""
 
+    draws_share_work = True  # the point where it touches
+
     def __init__(self, model: TangentModel):
         self.tangent = model
 
