@@ -136,7 +136,7 @@ class PosteriorPredictive:
     ) -> dict[str, NumberSummary | ClassSummary]:
         r"""What the mixture of all draws predicts, accumulated so that the draws' predictions are never held at once.
 
-        The memory is that of the result, twice one block of ``draw_chunk`` times ``data_chunk``, and the draws
+        The memory is twice that of the result, a few blocks of ``draw_chunk`` times ``data_chunk``, and the draws
         themselves, whatever their number. Quantiles, which are exact for the values drawn, need all draws of a chunk of
         rows: 12 bytes for each draw and number, which are 123 MB for 10⁴ draws and 1024 rows. They also bring
         the draws to the device once for each chunk of rows and not once; a larger ``data_chunk`` makes that rarer.
