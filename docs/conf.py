@@ -72,6 +72,31 @@ def _step_table():
     return f"Device: {rows[0]['device']}, jax {rows[0]['jax']}.\n\n" + _table(header, body)
 
 
+def _predictive_table():
+    rows = _read("predictive.csv")
+    header = [
+        "variant",
+        "ms per draw",
+        "quartiles",
+        "`functions` takes",
+        "first call besides, s",
+        "GB before",
+        "GB peak",
+    ]
+    columns = (
+        "variant",
+        "ms_per_draw",
+        "ms_quartiles",
+        "functions_ratio",
+        "first_call_besides_s",
+        "gb_before",
+        "gb_peak",
+    )
+    body = [[row[c] + " x" if c == "functions_ratio" else row[c] for c in columns] for row in rows]
+    text = f"Device: {rows[0]['device']}, jax {rows[0]['jax']}, numpyro {rows[0]['numpyro']}; memory for"
+    return f"{text} {rows[0]['draws']} draws.\n\n" + _table(header, body)
+
+
 def _fidelity_table():
     groups = {}
     for row in _read("fidelity.csv"):
@@ -131,6 +156,7 @@ def _uci_table():
 
 
 (GENERATED / "step.md").write_text(_step_table())
+(GENERATED / "predictive.md").write_text(_predictive_table())
 (GENERATED / "symmetry_fold.md").write_text(_fold_table())
 (GENERATED / "symmetry_toys.md").write_text(_toys_table())
 (GENERATED / "symmetry_uci.md").write_text(_uci_table())

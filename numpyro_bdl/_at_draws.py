@@ -13,11 +13,11 @@ from jax import Array, random
 from numpyro.distributions.transforms import biject_to
 from numpyro.infer import MCMC
 
+from numpyro_bdl._runs import bad_chains, mutable_of, positions, potential_of
 from numpyro_bdl.kernels.base import StochasticGradientKernel
 from numpyro_bdl.kernels.symmetry_restricted import SymmetryRestricted
 from numpyro_bdl.minibatch import STREAMS
 from numpyro_bdl.potential import Position, Potential
-from numpyro_bdl.predictive import _mutable, bad_chains, positions, potential_of
 
 
 class Draws(NamedTuple):
@@ -136,7 +136,7 @@ def unconstrained_draws(owner: str, mcmc: MCMC, potential: Potential, count: int
         raise ValueError(f"{owner}: the run left these sites out of its draws: {missing}.")
     draws = next(iter(values.values())).shape[1]
     index = np.unique(np.linspace(0, draws - 1, min(count or draws, draws)).round().astype(int))
-    mutable = _mutable(mcmc, potential)
+    mutable = mutable_of(mcmc, potential)
     if len(index) < draws:
         values, mutable = jax.tree.map(lambda x: x[:, index], (values, mutable))
     if potential.bounded:

@@ -10,8 +10,8 @@ import numpy as np
 from numpyro.infer import MCMC
 from xarray import DataArray, DataTree
 
-from numpyro_bdl.datatree import PROBES
-from numpyro_bdl.predictive import PosteriorPredictive, positions
+from numpyro_bdl._runs import positions
+from numpyro_bdl.predictive import PROBES, PosteriorPredictive
 
 _FROM_RUN = {
     "posterior": positions,

@@ -77,22 +77,27 @@ def function_spread(data: Any, *, threshold: float = THRESHOLD) -> FunctionSprea
 
 
 def relative_spread(draws: dict[str, np.ndarray]) -> Float[np.ndarray, " chain"]:
-    """The spread of each chain relative to its function, the largest of the sites."""
-    ratios = []
-    for value in draws.values():
-        flat = value.reshape(*value.shape[:2], -1).astype(float)
-        moves = np.ptp(flat, (0, 1)) > 0  # not a logit fixed at 0
-        if not moves.any():
-            ratios.append(np.zeros(len(flat)))
-            continue
-        flat = flat[..., moves]
-        spread = np.sqrt(flat.var(1, ddof=1).mean(-1))
-        mean = flat.mean(1)
-        size, over_inputs = np.sqrt((mean**2).mean(-1)), mean.std(-1)
-        scale = np.where(over_inputs > _SAME * size, over_inputs, size)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            ratios.append(np.where(spread == 0, 0, spread / scale))
-    return np.max(ratios, axis=0)
+    """The spread of each chain relative to its function, the largest of the sites; NaN for what is not finite."""
+    finite = np.all([np.isfinite(v).all(tuple(range(1, v.ndim))) for v in draws.values()], axis=0)
+    relative = np.full(len(finite), np.nan)
+    if finite.any():
+        relative[finite] = np.max([_spread_of(value[finite]) for value in draws.values()], axis=0)
+    return relative
+
+
+def _spread_of(value: np.ndarray) -> np.ndarray:
+    """The spread of each chain at one site."""
+    flat = value.reshape(*value.shape[:2], -1).astype(float)
+    moves = np.ptp(flat, (0, 1)) > 0  # not a logit fixed at 0
+    if not moves.any():
+        return np.zeros(len(flat))
+    flat = flat[..., moves]
+    spread = np.sqrt(flat.var(1, ddof=1).mean(-1))
+    mean = flat.mean(1)
+    size, over_inputs = np.sqrt((mean**2).mean(-1)), mean.std(-1)
+    scale = np.where(over_inputs > _SAME * size, over_inputs, size)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(spread == 0, 0, spread / scale)
 
 
 def warn_of_still_chains(relative: np.ndarray, still: np.ndarray, threshold: float) -> None:

@@ -145,6 +145,28 @@ BIBLIOGRAPHY: dict[str, str] = {
   journal = {arXiv preprint arXiv:1206.1901},
   year = {2012},
 }""",
+    "antoran2023sampling": """@inproceedings{antoran2023sampling,
+  author = {Antor{\\'a}n, Javier and Padhy, Shreyas and Barbano, Riccardo and Nalisnick, Eric and Janz, David and
+            Hern{\\'a}ndez-Lobato, Jos{\\'e} Miguel},
+  title = {Sampling-based inference for large linear models, with application to linearised {Laplace}},
+  booktitle = {International Conference on Learning Representations},
+  year = {2023},
+}""",
+    "antoran2022adapting": """@inproceedings{antoran2022adapting,
+  author = {Antor{\\'a}n, Javier and Janz, David and Allingham, James Urquhart and Daxberger, Erik and Barbano, Riccardo
+            and Nalisnick, Eric and Hern{\\'a}ndez-Lobato, Jos{\\'e} Miguel},
+  title = {Adapting the Linearised {Laplace} Model Evidence for Modern Deep Learning},
+  booktitle = {Proceedings of the 39th International Conference on Machine Learning},
+  pages = {796--821},
+  year = {2022},
+}""",
+    "lin2024stochastic": """@inproceedings{lin2024stochastic,
+  author = {Lin, Jihao Andreas and Padhy, Shreyas and Antor{\\'a}n, Javier and Tripp, Austin and Terenin, Alexander and
+            Szepesv{\\'a}ri, Csaba and Hern{\\'a}ndez-Lobato, Jos{\\'e} Miguel and Janz, David},
+  title = {Stochastic Gradient Descent for {Gaussian} Processes Done Right},
+  booktitle = {International Conference on Learning Representations},
+  year = {2024},
+}""",
 }
 """Entries by key."""
 
@@ -157,6 +179,8 @@ BY_CLASS: dict[str, tuple[str, ...]] = {
     "SpikeSlabSGHMC": ("ke2022optimization", "deng2019adaptive", "chen2014stochastic"),
     "SymmetryRestricted": ("wiese2023towards",),
     "WGFEnsemble": ("wild2023rigorous",),
+    "AutoLinearizedLaplace": ("antoran2023sampling", "antoran2022adapting"),
+    "DualDescent": ("lin2024stochastic",),
     "NUTS": ("hoffman2014nuts", "neal2012mcmc"),
     "HMC": ("neal2012mcmc",),
     # what a kernel may be made with
@@ -172,8 +196,8 @@ _SOFTWARE = ("phan2019composable", "bingham2019pyro", "jax2018github", "martin20
 def cite(used: Any) -> str:
     """BibTeX of what was used: papers of the method, then the software.
 
-    The papers are those of the kernel, of the kernel inside it, of its cyclical schedule and of its preconditioner. A
-    kernel or guide that is not known here is named in a comment: cite its own paper.
+    The papers are those of the kernel, of the kernel inside it, of its cyclical schedule, of its preconditioner, and of
+    the solver of a guide. A kernel or guide that is not known here is named in a comment: cite its own paper.
 
     :param used: A kernel, an AutoGuide, or a run: :class:`numpyro.infer.MCMC` or :class:`numpyro.infer.SVI`.
     :return: BibTeX entries. For numbers by ArviZ, its entry is among them.
@@ -222,7 +246,7 @@ def _keys(method: Any) -> tuple[list[str], list[str]]:
     keys, unknown = list(own or ()), [] if own is not None else [type(method).__name__]
     # in vars, since a kernel that wraps another passes on what it is asked for
     parts = vars(method)
-    for part in (parts.get("_schedule"), parts.get("_preconditioner")):
+    for part in (parts.get("_schedule"), parts.get("_preconditioner"), parts.get("solver")):
         keys += _papers(part) or ()
     for name in ("kernel", "inner_kernel", "_inner_kernel"):
         if isinstance(parts.get(name), MCMCKernel):

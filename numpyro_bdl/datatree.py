@@ -3,29 +3,34 @@
 
 """From a run to an ArviZ DataTree."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
+import numpyro
 from jax import Array, random
 from numpyro.infer import MCMC
-from xarray import DataTree
+from xarray import Dataset, DataTree
 
-from numpyro_bdl.guides.posterior import LaplacePosterior
-from numpyro_bdl.predictive import PosteriorPredictive, anchors, bad_chains, positions
+from numpyro_bdl._dims import Group, function_dims, site_dims
+from numpyro_bdl._function_spread import THRESHOLD, relative_spread, warn_of_still_chains
+from numpyro_bdl._runs import DrawSource, source_of
+from numpyro_bdl.predictive import PROBES, PosteriorPredictive
 from numpyro_bdl.repulsion import warn_if_inert
 
-PROBES = 64
+_WITH_WEIGHTS = {"posterior", "anchor", "inclusion"}
 
 
 def to_datatree(
-    mcmc: MCMC | LaplacePosterior,
+    posterior: MCMC | DrawSource,
     *,
     probe: tuple | None = None,
     sites: tuple[str, ...] | None = None,
     log_likelihood: bool = False,
     posterior_predictive: bool = False,
     weights: bool = True,
+    dims: Mapping[str, Sequence[str]] | None = None,
+    coords: Mapping[str, Any] | None = None,
     rng_key: Array | None = None,
     draw_chunk: int = 16,
     data_chunk: int | None | str = "auto",
@@ -39,31 +44,46 @@ def to_datatree(
       since a tree has no such names;
     - ``functions``: the function of the model (logits, location, log rate) at the probe inputs, (chain, draw, point,
       output). R-hat and ESS of weights mean nothing under the symmetries of a network; of these they do;
-    - ``sample_stats``: step size, temperature, minibatch energy and other collected scalars;
+    - ``sample_stats``: step size, temperature, minibatch energy and other collected scalars, under ArviZ's names;
     - ``anchor``: the anchor, constrained, if the kernel collected one;
     - ``inclusion``, ``inclusion_rate`` and ``mask``, of :class:`~numpyro_bdl.SpikeSlabSGHMC`: inclusion probabilities
       (chain, draw, group), the rate (chain) and what was kept (chain, group) by site;
     - ``observed_data``: all rows, never a minibatch;
     - ``log_likelihood``, ``posterior_predictive``: on request, at the rows of the run.
 
-    The particles of an ensemble are its chains; if the run kept only their last positions (``num_samples=1``), they are
-    the draws of one chain.
+    The units of a layer are the dimensions ``<layer>_in`` and ``<layer>_out``, which its kernel and its bias share, as
+    ``net.Dense_0_out``; rows and latent sites in plates have the plates' names, and ``infer={"event_dims": [...]}``
+    names the other axes of a site.
 
-    :param mcmc: A run of any kernel of this package; or of NUTS or HMC on a model without frozen parameters; or the
-        posterior of :class:`~numpyro_bdl.AutoLinearizedLaplace`, whose samples are the draws of one chain, and whose
-        function is that of the tangent model.
-    :param probe: Arguments of the model at which to evaluate its function; None for 64 rows of the run, evenly spaced.
+    The particles of an ensemble are its chains; if the run kept only their last positions (``num_samples=1``), they are
+    the draws of one chain. Floats keep the precision of the run: float32, unless JAX computes in x64.
+
+    :param posterior: A run of any kernel of this package; or of NUTS or HMC on a model without frozen parameters; or
+        :class:`~numpyro_bdl.Samples`, which has draws from elsewhere, of SVI and SteinVI too; or the posterior of
+        :class:`~numpyro_bdl.AutoLinearizedLaplace`, whose samples are the draws of one chain, and whose function is
+        that of the tangent model.
+    :param probe: Arguments of the model at which to evaluate its function; None for 64 rows of the run, evenly spaced,
+        whose numbers are the coordinate ``point``.
     :param sites: Sites of the function, observed or deterministic; None for every observed site.
     :param log_likelihood: Add the log likelihood of each row, for :func:`arviz.loo`.
     :param posterior_predictive: Add a replicate of the data for each draw.
-    :param weights: Keep the parameters of networks in ``posterior``, ``anchor`` and ``inclusion``.
+    :param weights: Keep the parameters of networks in ``posterior``, ``anchor`` and ``inclusion``. If without them no
+        site is left, ``posterior`` holds the functions: ArviZ looks there for the relative efficiency of
+        :func:`arviz.loo`, which is that of the functions then.
+    :param dims: Names of the axes of sites after chain and draw, by site, in place of those above. The axes of
+        ``functions`` keep their names.
+    :param coords: Labels by dimension, as in ``{"output": ["setosa", ...], "net.Dense_0_in": ["length", ...]}``.
     :param rng_key: PRNG key of the posterior predictive; None for ``jax.random.key(0)``.
     :param draw_chunk: Draws per chunk of evaluation.
     :param data_chunk: Rows per chunk of evaluation, as of :class:`~numpyro_bdl.PosteriorPredictive`.
     :param model_kwargs: Keyword arguments of the model that are to differ from those of the run, as ``train=False``.
-    :return: A DataTree. Its attributes tell the kernel, its temperature if it is fixed, whether chains shared their
-        minibatches, the weights ``kl`` and ``mmd`` of an ensemble, and which chains turned bad at which step.
-    :raises ValueError: for a run without draws, or what :class:`~numpyro_bdl.PosteriorPredictive` refuses.
+    :return: A DataTree that can be written to NetCDF and Zarr. Its attributes tell the kernel, its temperature if it is
+        fixed, whether chains shared their minibatches, the weights ``kl`` and ``mmd`` of an ensemble, and which chains
+        turned bad at which step; or the guide.
+    :raises ValueError: for a run without draws, dims and coords that don't fit, or what
+        :class:`~numpyro_bdl.PosteriorPredictive` refuses.
+    :warns UserWarning: for chains whose functions hardly differ from draw to draw, as of
+        :func:`~numpyro_bdl.diagnostics.function_spread`, and chains with a gradient that was not finite.
 
     **Example**
 
@@ -88,114 +108,104 @@ def to_datatree(
         >>> len(az.summary(tree, var_names=["mu"]))
         1
     """
-    predictive = PosteriorPredictive(mcmc, draw_chunk=draw_chunk, data_chunk=data_chunk)
-    potential = predictive.potential
-    hidden = () if weights else potential.network
-    of_guide = isinstance(mcmc, LaplacePosterior)
-    draws = mcmc.draws()[0] if of_guide else positions(mcmc)
-    stats = {} if of_guide else mcmc.get_extra_fields(group_by_chain=True)
-    if "repulsion_ratio" in stats:
-        warn_if_inert(stats["repulsion_ratio"])
+    source = source_of("to_datatree", posterior)
+    predictive = PosteriorPredictive(source, draw_chunk=draw_chunk, data_chunk=data_chunk)
+    potential, (draws, _) = source.potential, source.draws()
+    observed = predictive.observed_data()
+    full = {name: list(potential.dims[name]) for name in observed}
 
-    groups: dict[str, tuple] = {}
-    groups["posterior"] = ({k: v for k, v in draws.items() if k not in hidden}, {}, {})
-    if isinstance(mcmc, MCMC) and "z_anchor" in stats:
-        groups["anchor"] = ({k: v for k, v in anchors(mcmc, potential).items() if k not in hidden}, {}, {})
-    groups["sample_stats"] = ({k: v for k, v in stats.items() if not isinstance(v, (dict, tuple))}, {}, {})
+    groups: dict[str, Group] = {"posterior": Group(draws, site_dims(potential, draws))}
+    groups |= source.tree_groups()
     groups["functions"] = _functions(predictive, probe, sites, model_kwargs)
     if log_likelihood:
-        groups["log_likelihood"] = (predictive.log_likelihood(**model_kwargs), *_row_dims(predictive))
+        rows = {name: list(plates) for name, plates in potential.observed.items()}
+        groups["log_likelihood"] = Group(predictive.log_likelihood(**model_kwargs), rows)
     if posterior_predictive:
         replicates = predictive.sample(random.key(0) if rng_key is None else rng_key, **model_kwargs)
-        groups["posterior_predictive"] = (replicates, *_row_dims(predictive))
+        groups["posterior_predictive"] = Group(replicates, full)
+    if not weights:
+        for name in _WITH_WEIGHTS & groups.keys():
+            kept = {k: v for k, v in groups[name].values.items() if k not in potential.network}
+            groups[name] = groups[name]._replace(values=kept)
 
-    kernel = None if of_guide else mcmc.sampler
-    if hasattr(kernel, "_tree_groups"):
-        own = kernel._tree_groups(mcmc)
-        if "inclusion" in own:
-            data, *rest = own["inclusion"]
-            own["inclusion"] = ({k: v for k, v in data.items() if k not in hidden}, *rest)
-        groups |= own
-
-    if getattr(kernel, "is_ensemble_kernel", False) and predictive.batch_shape[1] == 1:
+    functions, stats = groups["functions"].values, groups.get("sample_stats", Group({})).values
+    if "repulsion_ratio" in stats:
+        warn_if_inert(stats["repulsion_ratio"])
+    if source.markov and functions and predictive.batch_shape[1] > 1:
+        relative = relative_spread(functions)
+        warn_of_still_chains(relative, relative < THRESHOLD, THRESHOLD)
+    if not source.markov and predictive.batch_shape[1] == 1:
         # without a history the particles are the draws
-        groups = {
-            name: ({k: np.swapaxes(v, 0, 1) for k, v in data.items()}, *rest) for name, (data, *rest) in groups.items()
-        }
+        for name, group in groups.items():
+            groups[name] = group._replace(values={k: np.swapaxes(v, 0, 1) for k, v in group.values.items()})
 
-    datasets = {name: _dataset(*group) for name, group in groups.items() if group[0]}
-    observed = predictive.observed_data()
-    if observed:
-        datasets["observed_data"] = _dataset(observed, *_row_dims(predictive), sample_dims=[])
+    groups["observed_data"] = Group(observed, full, sample_dims=[])
+    datasets = _datasets(groups, dims or {}, coords or {})
+    if "posterior" not in datasets and "functions" in datasets:
+        datasets = {"posterior": datasets["functions"]} | datasets
     tree = DataTree.from_dict(datasets)
-    import numpyro
-
     tree.attrs.update({"inference_library": "numpyro", "inference_library_version": numpyro.__version__})
-    tree.attrs.update(mcmc.attributes() if of_guide else _attributes(mcmc))
+    tree.attrs.update({_tree_name(name): value for name, value in source.attributes().items()})
     return tree
 
 
-def _functions(
-    predictive: PosteriorPredictive, probe: tuple | None, sites, model_kwargs: dict
-) -> tuple[dict, dict, dict]:
+def _functions(predictive: PosteriorPredictive, probe: tuple | None, sites, model_kwargs: dict) -> Group:
     if probe is not None:
         values, points = predictive.functions(*probe, sites=sites, **model_kwargs), None
     else:
         values, points = predictive.functions_at_rows(PROBES, sites=sites, **model_kwargs)
-    dims = {}
-    for name, value in values.items():
-        in_plate = any(predictive.potential.observed.get(name, (True,)))
-        rows = value.ndim > 2 and in_plate and (points is None or value.shape[2] == len(points))
-        outputs = value.ndim - 2 - rows
-        dims[name] = ["point"] * rows + (["output"] if outputs == 1 else [f"output_{n}" for n in range(outputs)])
-    sizes: dict[str, set[int]] = {}
-    for name, names in dims.items():
-        for dim, size in zip(names, values[name].shape[2:], strict=True):
-            sizes.setdefault(dim, set()).add(size)
-    # sites of different sizes have dimensions of their own, or they would be filled up with NaN
-    dims = {name: [dim if len(sizes[dim]) == 1 else f"{dim}_{name}" for dim in names] for name, names in dims.items()}
-    return values, dims, {} if points is None else {"point": points}
+    has_rows = {
+        name: value.ndim > 2
+        and any(predictive.potential.observed.get(name, (True,)))
+        and (points is None or value.shape[2] == len(points))
+        for name, value in values.items()
+    }
+    return Group(values, function_dims(values, has_rows), {} if points is None else {"point": points})
 
 
-def _row_dims(predictive: PosteriorPredictive) -> tuple[dict, dict]:
-    """Name the dimensions of a site after its plates."""
-    observed = predictive.potential.observed.items()
-    return {name: [plate or f"{name}_dim_{n}" for n, plate in enumerate(plates)] for name, plates in observed}, {}
+def _datasets(groups: dict[str, Group], dims: Mapping, coords: Mapping) -> dict[str, Dataset]:
+    """The groups that hold anything, with the user's names of dimensions and labels over ours."""
+    dims = {_tree_name(name): list(names) for name, names in dims.items()}
+    coords = {_tree_name(name): np.asarray(labels) for name, labels in coords.items()}
+    datasets = {
+        name: _dataset(group, {} if name == "functions" else dims, batch_only=name == "log_likelihood")
+        for name, group in groups.items()
+        if group.values
+    }
+    sites = {str(name) for dataset in datasets.values() for name in dataset.data_vars}
+    unknown = [name for name in dims if name not in sites]
+    if unknown:
+        raise ValueError(
+            f"to_datatree: dims names '{unknown[0]}', which is not in the tree; it has: {', '.join(sorted(sites))}."
+        )
+    sizes = {str(dim): size for dataset in datasets.values() for dim, size in dataset.sizes.items()}
+    for dim, labels in coords.items():
+        if dim not in sizes:
+            raise ValueError(
+                f"to_datatree: coords names '{dim}', which is no dimension of the tree; those are:"
+                f" {', '.join(sorted(sizes))}."
+            )
+        if labels.shape != (sizes[dim],):
+            raise ValueError(
+                f"to_datatree: coords['{dim}'] must be {sizes[dim]} labels, one for each place along that dimension,"
+                f" got shape {labels.shape}."
+            )
+    return {
+        name: dataset.assign_coords({dim: labels for dim, labels in coords.items() if dim in dataset.dims})
+        for name, dataset in datasets.items()
+    }
 
 
-def _dataset(data: dict, dims: dict, coords: dict, sample_dims: list[str] | None = None):
+def _dataset(group: Group, given: dict[str, list], batch_only: bool) -> Dataset:
     from arviz_base import dict_to_dataset
 
-    data = {name.replace("/", "."): np.asarray(value) for name, value in data.items()}
-    dims = {name.replace("/", "."): [dim.replace("/", ".") for dim in names] for name, names in dims.items()}
+    data: dict = {_tree_name(name): np.asarray(value) for name, value in group.values.items()}
+    dims: dict = {_tree_name(name): [dim and _tree_name(dim) for dim in names] for name, names in group.dims.items()}
+    dims |= {name: names for name, names in given.items() if name in data}
     used = {dim for name in data for dim in dims.get(name, ())}
-    coords = {name.replace("/", "."): values for name, values in coords.items()}
-    coords = {name: values for name, values in coords.items() if name in used}
-    return dict_to_dataset(data, dims=dims, coords=coords, sample_dims=sample_dims)
+    coords: dict = {_tree_name(dim): labels for dim, labels in group.coords.items() if _tree_name(dim) in used}
+    return dict_to_dataset(data, dims=dims, coords=coords, sample_dims=group.sample_dims, skip_event_dims=batch_only)
 
 
-def _name(kernel: Any) -> str:
-    inner = getattr(kernel, "kernel", None)
-    return type(kernel).__name__ + (f"({_name(inner)})" if inner is not None else "")
-
-
-def _attributes(mcmc: MCMC) -> dict[str, Any]:
-    kernel = mcmc.sampler
-    attributes: dict[str, Any] = {"kernel": _name(kernel)}
-    ensemble = getattr(kernel, "is_ensemble_kernel", False)
-    temperature = None if ensemble else getattr(kernel, "_temperature", None)
-    if temperature is not None and not callable(temperature):
-        attributes["temperature"] = float(jnp.asarray(temperature))
-    elif callable(temperature):
-        of_draws = np.unique(mcmc.get_extra_fields().get("temperature", ()))
-        if len(of_draws) == 1:  # a schedule that has come to its end
-            attributes["temperature"] = float(of_draws[0])
-    if hasattr(kernel, "_share_batch"):
-        attributes["chains_share_minibatches"] = int(kernel._share_batch)
-    if hasattr(kernel, "_tree_attributes"):
-        attributes |= kernel._tree_attributes()
-    bad = bad_chains(mcmc)
-    if bad:
-        attributes["bad_chains"] = list(bad)
-        attributes["first_bad_steps"] = list(bad.values())
-    return attributes
+def _tree_name(name: str) -> str:
+    return name.replace("/", ".")

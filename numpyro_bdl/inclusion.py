@@ -25,7 +25,7 @@ from jax import Array
 
 from numpyro_bdl import pruning
 from numpyro_bdl._checks import check_number
-from numpyro_bdl.predictive import bad_chains, potential_of, warn_of_bad_chains
+from numpyro_bdl._runs import bad_chains, potential_of, warn_of_bad_chains
 from numpyro_bdl.weight_groups import WeightGroups
 
 RATE_BOUNDS = (1e-4, 1 - 1e-4)

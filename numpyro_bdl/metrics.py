@@ -23,6 +23,7 @@ from jaxtyping import ArrayLike, Float, Int
 from scipy import stats
 from scipy.special import logsumexp, softmax
 
+from numpyro_bdl._accumulators import Classes, LogMeanExp, blockwise
 from numpyro_bdl._checks import check_choice, check_integer
 from numpyro_bdl._predictions import class_probabilities, classified, draws_of_logits, numbers, pooled, same_shape
 from numpyro_bdl._regression_metrics import IntervalCoverage as IntervalCoverage
@@ -63,7 +64,9 @@ def log_predictive_density(log_likelihood: Float[ArrayLike, "chain draw row"]) -
     values = pooled("log_predictive_density", "log_likelihood", log_likelihood, infinite=True)
     if np.isposinf(values).any():
         raise ValueError("log_predictive_density: a log likelihood is plus infinity; is a scale exactly 0?")
-    return logsumexp(values, 0) - np.log(len(values))
+    density = LogMeanExp()
+    density.add(values)
+    return density.value
 
 
 def lppd(log_likelihood: Float[ArrayLike, "chain draw row"]) -> float:
@@ -131,11 +134,7 @@ def mean_probabilities(logits: Float[ArrayLike, "chain draw row class"]) -> Floa
     :return: (row, class).
     :raises ValueError: for other shapes, NaN, or infinite numbers other than minus infinity, a probability of 0.
     """
-    draws = draws_of_logits("mean_probabilities", logits)
-    mean = np.zeros(draws.shape[1:])
-    for draw in draws:
-        mean += softmax(draw.astype(np.float64), -1)
-    return mean / len(draws)
+    return blockwise(Classes(), draws_of_logits("mean_probabilities", logits)).mean_probabilities
 
 
 def probit_probabilities(logits: Float[ArrayLike, "chain draw row class"]) -> Float[np.ndarray, "row class"]:

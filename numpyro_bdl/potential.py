@@ -104,6 +104,9 @@ class Potential:
         [1.044, 10.176]
     """
 
+    draws_share_work = False
+    """Whether to evaluate several draws at once takes less work than one after the other."""
+
     def __init__(
         self,
         model: Callable,
@@ -175,6 +178,12 @@ class Potential:
             if site["is_observed"] and not site["infer"].get("is_auxiliary", False)
         }
         """Observed sites, each with the plates of its batch dimensions from the left, None for one without a plate."""
+        self.dims: dict[str, tuple[str | None, ...]] = {
+            k: (*_plates_by_axis(site), *site.get("infer", {}).get("event_dims", ()))
+            for k, site in sites.items()
+            if site["type"] in ("sample", "deterministic")
+        }
+        """The plates of each site's batch dimensions, as of :attr:`observed`, and its ``infer["event_dims"]``."""
         self._log_det = tuple(f"_{name}_log_det" for name in latent)
 
         supports = {k: site["fn"].support for k, site in latent.items()}
@@ -487,7 +496,9 @@ def _parameter_name(param_site: str, path: tuple) -> str:
 
 def _plates_by_axis(site: dict) -> tuple[str | None, ...]:
     plates = {frame.dim: frame.name for frame in site["cond_indep_stack"]}
-    return tuple(plates.get(dim) for dim in range(-len(site["fn"].batch_shape), 0))
+    # a deterministic site doesn't tell which of its axes are events
+    depth = len(site["fn"].batch_shape) if site["type"] == "sample" else -min(plates, default=0)
+    return tuple(plates.get(dim) for dim in range(-depth, 0))
 
 
 def _network_site(param_site: str, path: tuple, latent: tuple[str, ...]) -> str | None:

@@ -7,25 +7,21 @@ Memory holds one chunk of draws times one chunk of rows; the program is compiled
 for arguments of other shapes.
 """
 
-import warnings
-from collections.abc import Callable
-from functools import partial
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, random
 from numpyro.infer import MCMC
-from tqdm.auto import tqdm
 
-from numpyro_bdl._arguments import Arguments
-from numpyro_bdl._checks import check_choice, check_finite_data, check_integer, named_arguments
-from numpyro_bdl.guides.posterior import LaplacePosterior
-from numpyro_bdl.potential import Potential, natural_parameter
+from numpyro_bdl._checks import check_finite_data, check_integer, named_arguments
+from numpyro_bdl._evaluation import Evaluation
+from numpyro_bdl._runs import DrawSource, source_of
+from numpyro_bdl.potential import natural_parameter
+from numpyro_bdl.summary import ClassSummary, NumberSummary, accumulate, law, law_and_new_data, log_density
 
-MEMBERS = ("position", "anchor", "both")
-_AUTO_CHUNK = 1024
+PROBES = 64
 
 
 class PosteriorPredictive:
@@ -35,16 +31,20 @@ class PosteriorPredictive:
     integers, strings and None are fixed. Without positional arguments a method takes those of the run, all of their
     rows, with the keywords given put over those of the run (``train=False``, say).
 
-    :param mcmc: A run of any kernel of this package; or of NUTS or HMC on a model without frozen parameters; or the
-        posterior of :class:`~numpyro_bdl.AutoLinearizedLaplace`, of which it predicts by the tangent model.
+    :param posterior: A run of any kernel of this package; or of NUTS or HMC on a model without frozen parameters; or
+        :class:`~numpyro_bdl.Samples`, which has draws from elsewhere, of SVI and SteinVI too; or the posterior of
+        :class:`~numpyro_bdl.AutoLinearizedLaplace`, of which it predicts by the tangent model.
     :param members: ``"position"``, or, of a kernel that collected it, ``"anchor"``, or ``"both"`` (the draws of the
         position, then those of the anchor). Only the position follows the posterior: the anchors are for prediction.
-    :param draw_chunk: Draws per chunk.
-    :param data_chunk: Rows per chunk; None for all; ``"auto"`` for 1024, or all if the model can't be cut. A model is
-        cut along the plate of its observed sites, if it takes its rows by ``numpyro.subsample`` or the indices of the
-        plate.
+    :param chains: Numbers of the chains to take; None for all.
+    :param draw_chunk: Draws per chunk, at most.
+    :param data_chunk: Rows per chunk, at most; None for all; ``"auto"`` for 1024, or all if the model can't be cut. A
+        model is cut along the plate of its observed sites, if it takes its rows by ``numpyro.subsample`` or the indices
+        of the plate.
     :param progress_bar: Show a bar when the work takes more than two seconds.
-    :raises ValueError: for a run without draws, or members that were not collected.
+    :raises ValueError: for a run without draws, sites without draws, members that were not collected, or chains that
+        there are not.
+    :raises TypeError: for anything else, such as a dict.
 
     **Example**
 
@@ -70,28 +70,35 @@ class PosteriorPredictive:
 
     def __init__(
         self,
-        mcmc: MCMC | LaplacePosterior,
+        posterior: MCMC | DrawSource,
         *,
         members: str = "position",
+        chains: Sequence[int] | None = None,
         draw_chunk: int = 16,
         data_chunk: int | None | str = "auto",
         progress_bar: bool = True,
     ):
-        check_choice("PosteriorPredictive", "members", members, MEMBERS)
         check_integer("PosteriorPredictive", "draw_chunk", draw_chunk)
         if data_chunk not in (None, "auto"):
             check_integer("PosteriorPredictive", "data_chunk", data_chunk)
-        if isinstance(mcmc, LaplacePosterior):
-            check_choice("PosteriorPredictive", "members of a guide", members, ("position",))
-            self.potential, self._run_arguments = mcmc.potential, mcmc.arguments
-            values, mutable = mcmc.draws()
-        else:
-            self.potential, self._run_arguments = potential_of(mcmc), (mcmc._args, mcmc._kwargs)
-            values, mutable = _draws(mcmc, self.potential, members)
-        leaves = jax.tree.leaves(values)
-        self.batch_shape: tuple[int, int] = leaves[0].shape[:2]
+        source = source_of("PosteriorPredictive", posterior, members, chains)
+        self.potential, self._run_arguments = source.potential, source.arguments
+        values, mutable = source.draws()
+        missing = [site for site in self.potential.latent if site not in values]
+        if missing:
+            raise ValueError(
+                f"The run left these sites out of its draws, without which nothing can be predicted: {missing}."
+            )
+        draws = jax.tree.map(np.asarray, ({site: values[site] for site in self.potential.latent}, mutable))
+        count = len(jax.tree.leaves(draws)[0])
+        self._chains = tuple(range(count)) if chains is None else tuple(chains)
+        if not self._chains or not set(self._chains) <= set(range(count)):
+            raise ValueError(f"PosteriorPredictive: chains must be some of 0 to {count - 1}, got {chains!r}.")
+        if chains is not None:
+            draws = jax.tree.map(lambda w: w[list(self._chains)], draws)
+        self.batch_shape: tuple[int, int] = jax.tree.leaves(draws)[0].shape[:2]
         """Chains and draws."""
-        self._draws = jax.tree.map(lambda w: np.asarray(w).reshape(-1, *w.shape[2:]), (values, mutable))
+        self._draws = jax.tree.map(lambda w: w.reshape(-1, *w.shape[2:]), draws)
         self._draw_chunk, self._data_chunk, self._progress_bar = draw_chunk, data_chunk, progress_bar
         self._programs: dict = {}
 
@@ -118,6 +125,82 @@ class PosteriorPredictive:
         :return: By site, an array (chain, draw, row, ...).
         """
         return self._map(_sample, rng_key, None, args, kwargs)
+
+    def summary(
+        self,
+        *args,
+        sites: tuple[str, ...] | None = None,
+        quantiles: Sequence[float] = (),
+        rng_key: Array | None = None,
+        **kwargs,
+    ) -> dict[str, NumberSummary | ClassSummary]:
+        r"""What the mixture of all draws predicts, accumulated so that the draws' predictions are never held at once.
+
+        The memory is twice that of the result, a few blocks of ``draw_chunk`` times ``data_chunk``, and the draws
+        themselves, whatever their number. Quantiles, which are exact for the values drawn, need all draws of a chunk of
+        rows: 12 bytes for each draw and number, which are 123 MB for 10⁴ draws and 1024 rows. They also bring
+        the draws to the device once for each chunk of rows and not once; a larger ``data_chunk`` makes that rarer.
+
+        :param sites: Names of observed sites; None for all.
+        :param quantiles: Levels from 0 to 1. A quantile :math:`y_q` is that of one new value for each draw, so that it
+            has a standard error of :math:`\sqrt{q (1 - q) / S} / \bar p(y_q)` for S independent draws.
+        :param rng_key: PRNG key of the new values, which are those of :meth:`sample`; needed for quantiles alone.
+        :return: By site, a :class:`~numpyro_bdl.summary.ClassSummary` for a Categorical or Bernoulli, else a
+            :class:`~numpyro_bdl.summary.NumberSummary`: arrays (row, ...) in double precision.
+        :raises ValueError: for draws or predictions that are NaN, quantiles of classes, unknown sites, or a law whose
+            mean NumPyro doesn't know.
+
+        **Example**
+
+        .. doctest::
+
+            >>> import jax.numpy as jnp, numpyro, numpyro.distributions as dist
+            >>> from jax import random
+            >>> from numpyro.infer import MCMC
+            >>> import numpyro_bdl as bdl
+            >>> def model(y=None, rows=3):
+            ...     mu = numpyro.sample("mu", dist.Normal(0, 1))
+            ...     with numpyro.plate("data", rows):
+            ...         numpyro.sample("y", dist.Normal(mu, 2.0), obs=y)
+            >>> mcmc = MCMC(bdl.SGLD(model, step_size=0.1), num_warmup=10, num_samples=50, progress_bar=False)
+            >>> mcmc.run(random.key(0), jnp.zeros(3))
+            >>> summary = bdl.PosteriorPredictive(mcmc).summary(quantiles=(0.05, 0.95), rng_key=random.key(1))["y"]
+            >>> summary.mean_of_variances.tolist(), summary.quantiles.shape
+            ([4.0, 4.0, 4.0], (3, 2))
+        """
+        unknown = [name for name in sites or () if name not in self.potential.observed]
+        if unknown:
+            raise ValueError(f"summary: sites must be observed ones, {list(self.potential.observed)}, got {unknown}.")
+        levels = np.asarray(quantiles, np.float64)
+        if levels.ndim != 1 or not ((levels >= 0) & (levels <= 1)).all():
+            raise ValueError(f"summary: quantiles must be levels from 0 to 1, got {quantiles!r}.")
+        if len(levels) and rng_key is None:
+            raise ValueError("summary: quantiles are of new values; give an rng_key to draw them with.")
+        self._check_draws()
+        key = random.key(0) if rng_key is None else rng_key
+        evaluation = self._evaluation(law_and_new_data if len(levels) else law, key, sites, args, kwargs)
+        of_classes = [name for name, parts in evaluation.outputs.items() if "logits" in parts]
+        if len(levels) and of_classes:
+            raise ValueError(
+                f"summary: the sites {of_classes} are of classes, without quantiles; name others by sites."
+            )
+        return accumulate(evaluation, levels, self._place, self._progress_bar)
+
+    def _place(self, draw: int) -> str:
+        chain, draw = divmod(draw, self.batch_shape[1])
+        return f"chain {self._chains[chain]}, draw {draw}"
+
+    def _check_draws(self) -> None:
+        """Refuse draws that are not finite, of which a mixture would be NaN for every row."""
+        leaves = [w for w in jax.tree.leaves(self._draws) if jnp.issubdtype(w.dtype, jnp.inexact)]
+        draws = range(len(leaves[0]))
+        bad = [n for n in draws if not all(np.isfinite(w[n]).all() for w in leaves)]
+        if bad:
+            chains = sorted({self._chains[n // self.batch_shape[1]] for n in bad})
+            raise ValueError(
+                f"summary: {len(bad)} of {len(draws)} draws are NaN or infinite, the first at {self._place(bad[0])}."
+                f" Leave chains {chains} out by PosteriorPredictive(mcmc, chains=...), or take a smaller step."
+            )
 
     def functions_at_rows(
         self, count: int, sites: tuple[str, ...] | None = None, **kwargs
@@ -154,59 +237,37 @@ class PosteriorPredictive:
 
     def _map(self, extract: Callable, key: Array, names, args: tuple, kwargs: dict, rows: np.ndarray | None = None):
         """One output for each site, draw and row (of the given rows, or all)."""
+        evaluation = self._evaluation(extract, key, names, args, kwargs, rows)
+        results = {
+            name: np.empty((evaluation.num_draws, *out.shape), out.dtype) for name, out in evaluation.outputs.items()
+        }
+        for name, where, block in evaluation.blocks(progress_bar=self._progress_bar):
+            results[name][where] = block
+        if extract is not _function:
+            # of functions rows come before outputs, whatever the order of the plates
+            inside = {name: axis + 1 for name in results if (axis := evaluation.row_axis(name)) is not None}
+            results |= {name: np.moveaxis(results[name], 1, axis) for name, axis in inside.items()}
+        return {name: result.reshape(*self.batch_shape, *result.shape[1:]) for name, result in results.items()}
+
+    def _evaluation(
+        self, extract: Callable, key: Array, names, args: tuple, kwargs: dict, rows: np.ndarray | None = None
+    ) -> Evaluation:
         args, kwargs = self._complete(args, kwargs)
         check_finite_data(named_arguments(self.potential.model, args, kwargs))
-        names = tuple(self.potential.observed) if names is None else tuple(names)
-        arguments = Arguments(args, kwargs)
-        call, arrays = _Call(self.potential, extract, names, arguments), arguments.arrays(args, kwargs)
-        first = jax.tree.map(lambda w: w[0], self._draws)
-        outputs, frames, plates = call.describe(*first, key, {}, arrays)
-        plate = self.potential.data_plate(plates)
-        axes = {name: _row_axis(frames[name], plate) for name in names}
-
-        size = plates[plate] if plate else 1
-        limit = self._data_chunk if isinstance(self._data_chunk, int) else size
-        limit = _AUTO_CHUNK if self._data_chunk == "auto" else limit
-        some = rows is not None and len(rows) < size
-        rows = np.arange(size) if rows is None else rows
-        chunk = min(len(rows), limit)
-        cut = plate is not None and chunk < size
-        if cut and not call.can_be_cut(*first, key, {plate: jnp.arange(chunk)}, arrays, outputs, axes):
-            if isinstance(self._data_chunk, int) and self._data_chunk < size:
-                raise ValueError(
-                    f"The model can't be cut into {chunk} of the {size} rows of its plate '{plate}': inside the plate,"
-                    " take the rows of every array by numpyro.subsample(array, event_dim=...); or give data_chunk=None."
-                )
-            cut, chunk = False, len(rows)
-        program = self._programs.setdefault(
-            (call.identity, cut), jax.jit(jax.vmap(call, in_axes=(0, 0, 0, None, None)))
+        return Evaluation(
+            self.potential,
+            self._draws,
+            extract,
+            tuple(self.potential.observed) if names is None else tuple(names),
+            key,
+            args,
+            kwargs,
+            run_arguments=self._run_arguments,
+            rows=rows,
+            programs=self._programs,
+            draw_chunk=self._draw_chunk,
+            data_chunk=self._data_chunk,
         )
-
-        draws = len(jax.tree.leaves(self._draws)[0])
-        results = {
-            name: np.empty((draws, *(len(rows) if n == axes[name] else m for n, m in enumerate(out.shape))), out.dtype)
-            for name, out in outputs.items()
-        }
-        keys = random.split(key, draws)
-        starts = [(d, r) for d in range(0, draws, self._draw_chunk) for r in range(0, len(rows), chunk)]
-        # the bar appears only if the work is long
-        for d, r in tqdm(starts, desc="predict", delay=2, disable=not self._progress_bar):
-            # the last chunk is filled up, so that one program serves all
-            take = np.minimum(np.arange(d, d + min(self._draw_chunk, draws)), draws - 1)
-            taken = rows[np.minimum(np.arange(r, r + chunk), len(rows) - 1)]
-            values, mutable = jax.tree.map(lambda w, take=take: w[take], self._draws)
-            chunk_keys = jax.vmap(random.fold_in, (0, None))(keys[take], r)
-            block = program(values, mutable, chunk_keys, {plate: jnp.asarray(taken)} if cut else {}, arrays)
-            for name, axis in axes.items():
-                values = np.asarray(block[name])
-                if some and not cut and axis is not None:
-                    values = np.take(values, rows, axis + 1)
-                _store(results[name], values, axis, d, r)
-        if extract is _function:
-            # rows before outputs, whatever the order of the plates
-            inside = {name: axis + 1 for name, axis in axes.items() if axis is not None}
-            results |= {name: np.moveaxis(results[name], axis, 1) for name, axis in inside.items()}
-        return {name: result.reshape(*self.batch_shape, *result.shape[1:]) for name, result in results.items()}
 
     def _complete(self, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """The arguments of the run, with the given keywords over them, unless a call of its own is given."""
@@ -216,63 +277,7 @@ class PosteriorPredictive:
         return run_args, run_kwargs | kwargs
 
 
-class _Call:
-    """A model call as a pure function of one draw: arrays among its arguments are traced, the rest is fixed."""
-
-    def __init__(self, potential: Potential, extract: Callable, names: tuple[str, ...], arguments: Arguments):
-        self.potential, self.extract, self.names, self.arguments = potential, extract, names, arguments
-
-    @property
-    def identity(self) -> tuple:
-        """What a compiled program depends on, besides shapes; the program keeps the fixed arguments alive."""
-        return self.extract, self.names, self.arguments
-
-    def _run(self, values, mutable, key, rows, arrays):
-        args, kwargs = self.arguments.join(arrays)
-        key_model, key_site = random.split(key)
-        sites = self.potential.run(values, rows, key_model, mutable, args, kwargs)
-        outputs = {
-            name: self.extract(name, _get(sites, name), random.fold_in(key_site, n))
-            for n, name in enumerate(self.names)
-        }
-        return outputs, sites
-
-    def __call__(self, values, mutable, key, rows, arrays) -> dict[str, Array]:
-        return self._run(values, mutable, key, rows, arrays)[0]
-
-    def describe(self, values, mutable, key, rows, arrays) -> tuple[dict, dict[str, dict], dict[str, int]]:
-        """Shapes of the outputs, the sites they come from, and the sizes of all plates; no flops."""
-        found: dict[str, dict] = {}
-
-        def run(*inputs):
-            outputs, sites = self._run(*inputs)
-            found.update(sites)
-            return outputs
-
-        shapes = jax.eval_shape(run, values, mutable, key, rows, arrays)
-        plates = {name: site["args"][0] for name, site in found.items() if site["type"] == "plate"}
-        return shapes, {name: found[name] for name in self.names}, plates
-
-    def can_be_cut(self, values, mutable, key, rows, arrays, outputs: dict, axes: dict[str, int | None]) -> bool:
-        """Whether the outputs shrink to the given rows of the plate, and nothing else changes."""
-        (chunk,) = (len(index) for index in rows.values())
-        try:
-            cut = self.describe(values, mutable, key, rows, arrays)[0]
-        except (ValueError, TypeError):
-            return False
-        return all(
-            cut[name].shape == tuple(chunk if n == axes[name] else m for n, m in enumerate(out.shape))
-            for name, out in outputs.items()
-        )
-
-
 # ---- what is taken from a site ------------------------------------------------------------------------------------
-
-
-def _get(sites: dict, name: str) -> dict:
-    if name not in sites:
-        raise ValueError(f"The model has no site '{name}'; it has: {', '.join(sites)}.")
-    return sites[name]
 
 
 def _function(name: str, site: dict, key: Array) -> Array:
@@ -282,114 +287,8 @@ def _function(name: str, site: dict, key: Array) -> Array:
 def _log_prob(name: str, site: dict, key: Array) -> Array:
     if not site["is_observed"]:
         raise ValueError(f"log_likelihood needs an observation at site '{name}', as in log_likelihood(x_test, y_test).")
-    return site["fn"].log_prob(site["value"])
+    return log_density(name, site)
 
 
 def _sample(name: str, site: dict, key: Array) -> Array:
     return site["fn"].sample(key)
-
-
-def _row_axis(site: dict, plate: str | None) -> int | None:
-    """The axis of a site's output along which the rows of the plate lie; None if the site lies outside of it."""
-    dims = {frame.name: frame.dim for frame in site["cond_indep_stack"]}
-    if plate not in dims:
-        return None
-    batch = -min(dims.values()) if site["type"] == "deterministic" else len(site["fn"].batch_shape)
-    return batch + dims[plate]
-
-
-def _store(result: np.ndarray, block: np.ndarray, axis: int | None, d: int, r: int) -> None:
-    draws = min(len(block), len(result) - d)
-    if axis is None:
-        result[d : d + draws] = block[:draws]
-        return
-    target, block = np.moveaxis(result, axis + 1, 1), np.moveaxis(block, axis + 1, 1)
-    rows = min(block.shape[1], target.shape[1] - r)
-    target[d : d + draws, r : r + rows] = block[:draws, :rows]
-
-
-# ---- draws of a run -----------------------------------------------------------------------------------------------
-
-
-def potential_of(mcmc: MCMC) -> Potential:
-    """The potential that a run was made with."""
-    if mcmc.last_state is None:
-        raise ValueError("The MCMC object holds no draws yet; run it first.")
-    kernel = mcmc.sampler
-    if not hasattr(kernel, "_prepare"):
-        return Potential(kernel.model, mcmc._args, mcmc._kwargs)
-    kernel._prepare(mcmc._args, mcmc._kwargs)
-    return kernel.potential
-
-
-def _draws(mcmc: MCMC, potential: Potential, members: str) -> tuple[dict, dict]:
-    """Constrained latent sites and mutable collections, (chain, draw, ...)."""
-    warn_of_bad_chains(mcmc)
-    collected = {"position": partial(positions, mcmc), "anchor": partial(anchors, mcmc, potential)}
-    names = ("position", "anchor") if members == "both" else (members,)
-    if members != "position" and potential.has_mutable:
-        warnings.warn(
-            "The mutable collections (BatchNorm) kept with the draws are those of the position; the anchors are"
-            " given them too.",
-            stacklevel=3,
-        )
-    draws = [collected[name]() for name in names]
-    missing = [site for site in potential.latent if site not in draws[0]]
-    if missing:
-        raise ValueError(
-            f"The run left these sites out of its draws, without which nothing can be predicted: {missing}."
-        )
-    values = _concatenate([{k: w[k] for k in potential.latent} for w in draws])
-    return values, _concatenate([_mutable(mcmc, potential)] * len(names))
-
-
-def positions(mcmc: MCMC) -> dict[str, Array]:
-    """Constrained draws of the position, (chain, draw, ...) by site."""
-    return mcmc.get_samples(group_by_chain=True)
-
-
-def anchors(mcmc: MCMC, potential: Potential) -> dict[str, Array]:
-    """Constrained draws of the anchor, (chain, draw, ...) by site.
-
-    :raises ValueError: if the run did not collect it.
-    """
-    unconstrained = mcmc.get_extra_fields(group_by_chain=True).get("z_anchor")
-    if unconstrained is None:
-        raise ValueError(
-            "The run collected no anchor; make the kernel with collect_anchor=True, or run with"
-            ' extra_fields=("z_anchor",).'
-        )
-    constrain = partial(potential.constrain, args=mcmc._args, kwargs=mcmc._kwargs)
-    return jax.vmap(jax.vmap(constrain))(unconstrained)
-
-
-def _mutable(mcmc: MCMC, potential: Potential) -> dict:
-    if not potential.has_mutable:
-        return {}
-    mutable = mcmc.get_extra_fields(group_by_chain=True).get("mutable")
-    if mutable is None:
-        raise ValueError(
-            f"The network has mutable collections (BatchNorm), which {type(mcmc.sampler).__name__} does not keep with"
-            " its draws; use a kernel of numpyro_bdl, or LayerNorm."
-        )
-    return mutable
-
-
-def _concatenate(trees: list) -> Any:
-    return jax.tree.map(lambda *w: jnp.concatenate(w, axis=1), *trees) if len(trees) > 1 else trees[0]
-
-
-def bad_chains(mcmc: MCMC) -> dict[int, int]:
-    """Chains that met a gradient that was not finite, each with the step."""
-    first = np.atleast_1d(getattr(mcmc.last_state, "first_bad_step", -1))
-    return {chain: int(step) for chain, step in enumerate(first) if step >= 0}
-
-
-def warn_of_bad_chains(mcmc: MCMC) -> None:
-    """Warn of chains whose later draws are NaN."""
-    for chain, step in bad_chains(mcmc).items():
-        warnings.warn(
-            f"Chain {chain} met a gradient that was not finite at step {step}; its draws from there on are NaN. Most"
-            " often the step size is too large: take a smaller one, or leave that chain out.",
-            stacklevel=3,
-        )

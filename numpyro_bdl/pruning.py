@@ -14,7 +14,7 @@ from jax import Array, lax
 from jaxtyping import PyTree
 
 from numpyro_bdl._checks import check_integer, check_number
-from numpyro_bdl.predictive import potential_of, warn_of_bad_chains
+from numpyro_bdl._runs import potential_of, warn_of_bad_chains
 from numpyro_bdl.weight_groups import WeightGroups
 
 _PRUNINGS = 100  # how often groups are pruned between start and end

@@ -26,10 +26,9 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import ArrayLike, Float
-from scipy.special import entr, softmax
 
+from numpyro_bdl._accumulators import Classes, Moments, blockwise, entropy
 from numpyro_bdl._predictions import class_probabilities, draws_of_logits, numbers, pooled, spread_to
-from numpyro_bdl.metrics import mean_probabilities
 
 
 def predictive_entropy(probabilities: Float[ArrayLike, "row class"]) -> Float[np.ndarray, " row"]:
@@ -47,8 +46,7 @@ def predictive_entropy(probabilities: Float[ArrayLike, "row class"]) -> Float[np
         >>> uncertainty.predictive_entropy([[0.5, 0.5], [1.0, 0.0]]).round(3).tolist()
         [0.693, 0.0]
     """
-    probabilities = class_probabilities("predictive_entropy", "probabilities", probabilities)
-    return np.maximum(entr(probabilities).sum(-1), 0)  # rounded, a probability can be above 1
+    return entropy(class_probabilities("predictive_entropy", "probabilities", probabilities))
 
 
 def expected_entropy(logits: Float[ArrayLike, "chain draw row class"]) -> Float[np.ndarray, " row"]:
@@ -71,11 +69,7 @@ def expected_entropy(logits: Float[ArrayLike, "chain draw row class"]) -> Float[
         >>> uncertainty.mutual_information(sure_of_either).round(3).tolist()
         [0.693]
     """
-    draws = draws_of_logits("expected_entropy", logits)
-    total = np.zeros(draws.shape[1])
-    for draw in draws:
-        total += entr(softmax(draw.astype(np.float64), -1)).sum(-1)
-    return total / len(draws)
+    return blockwise(Classes(), draws_of_logits("expected_entropy", logits)).expected_entropy
 
 
 def mutual_information(logits: Float[ArrayLike, "chain draw row class"]) -> Float[np.ndarray, " row"]:
@@ -94,9 +88,7 @@ def mutual_information(logits: Float[ArrayLike, "chain draw row class"]) -> Floa
 
     Source: Houlsby et al., *Bayesian active learning for classification and preference learning*, 2011.
     """
-    draws_of_logits("mutual_information", logits)
-    # rounding can make the difference negative
-    return np.maximum(predictive_entropy(mean_probabilities(logits)) - expected_entropy(logits), 0)
+    return blockwise(Classes(), draws_of_logits("mutual_information", logits)).mutual_information
 
 
 class VarianceDecomposition(NamedTuple):
@@ -141,5 +133,7 @@ def variance_decomposition(
     owner = "variance_decomposition"
     means = pooled(owner, "mean", mean)
     variances = spread_to(owner, "variance", numbers(owner, "variance", variance), np.shape(mean))
-    aleatoric, epistemic = variances.mean((0, 1)), means.var(0)
+    of_means = Moments()
+    of_means.add(means)
+    aleatoric, epistemic = variances.mean((0, 1)), of_means.variance
     return VarianceDecomposition(aleatoric + epistemic, aleatoric, epistemic)

@@ -84,6 +84,10 @@ def test_a_run_is_cited_by_its_kernel_and_a_fit_by_its_guide():
     assert text == cite(guide)
     assert text.startswith("% AutoNormal has no entry here: cite its own paper.\n")
     assert keys(text) == SOFTWARE
+    papers = ["antoran2023sampling", "antoran2022adapting"]
+    assert keys(cite(bdl.AutoLinearizedLaplace(model))) == [*papers, *SOFTWARE]
+    dual = bdl.AutoLinearizedLaplace(model, solver="dual")
+    assert keys(cite(dual)) == [*papers, "lin2024stochastic", *SOFTWARE]
 
 
 def test_what_is_not_known_is_said():

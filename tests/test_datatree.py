@@ -295,10 +295,15 @@ def test_bad_chains_are_marked_and_their_draws_are_nan(tmp_path):
 
 
 def test_a_run_of_numpyro_becomes_a_tree():
-    tree = bdl.to_datatree(run(HMC(gaussian, num_steps=1, trajectory_length=None), Y, num_samples=10))
+    fields = ("potential_energy", "accept_prob", "adapt_state.step_size")
+    kernel = HMC(gaussian, step_size=0.1, num_steps=1, trajectory_length=None)
+    mcmc = run(kernel, Y, num_samples=10, extra_fields=fields)
+    tree, collected = bdl.to_datatree(mcmc), mcmc.get_extra_fields(group_by_chain=True)
     assert tree.attrs["kernel"] == "HMC"
     assert set(tree.children) == {"posterior", "sample_stats", "functions", "observed_data"}
     np.testing.assert_allclose(tree["functions"]["y"][..., 0], tree["posterior"]["mu"], rtol=1e-5)
+    assert set(tree["sample_stats"].data_vars) == {"diverging", "lp", "acceptance_rate", "step_size"}
+    np.testing.assert_array_equal(tree["sample_stats"]["lp"], -collected["potential_energy"])
 
 
 def test_a_model_without_observations_has_no_functions():

@@ -66,6 +66,11 @@ class LaplacePosterior:
         """The tangent model, in place of the model's own potential."""
         return TangentPotential(self.system.model)
 
+    @property
+    def markov(self) -> bool:
+        """False: its samples are independent."""
+        return False
+
     def draws(self) -> tuple[dict[str, Array], dict]:
         """Samples and mutable collections as of one chain, (1, sample, ...)."""
         count = len(next(iter(self.samples.values())))
@@ -111,6 +116,10 @@ class LaplacePosterior:
         blocks = {name: slice(*ends[n : n + 2]) for n, name in enumerate(sorted(eta))}
         return {name: np.asarray(joint[b, b]).reshape(2 * eta[name].shape) for name, b in blocks.items()}
 
+    def tree_groups(self) -> dict:
+        """No groups of its own in a tree."""
+        return {}
+
     def attributes(self) -> dict[str, Any]:
         """What a tree says of it."""
         precisions = {f"prior_precision {group}": a for group, a in self.prior_precision.items()}
@@ -124,6 +133,8 @@ class LaplacePosterior:
 
 class TangentPotential(Potential):
     """The potential of a model, with runs of its tangent in place of its own."""
+
+    draws_share_work = True  # the point where it touches
 
     def __init__(self, model: TangentModel):
         self.tangent = model

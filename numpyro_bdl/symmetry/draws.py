@@ -16,7 +16,7 @@ from numpyro.infer import MCMC
 from xarray import DataTree
 
 from numpyro_bdl._checks import check_choice
-from numpyro_bdl.predictive import positions, potential_of
+from numpyro_bdl._runs import positions, potential_of
 from numpyro_bdl.symmetry.action import DOMAINS, canonicalize
 from numpyro_bdl.symmetry.groups import UnitGroups, leaves, put_members, take_members
 

@@ -14,7 +14,7 @@ from problems import FEATURES, TARGETS, N, P, log_evidence, regression, regressi
 from scipy.optimize import minimize
 
 from numpyro_bdl import AutoLinearizedLaplace
-from numpyro_bdl.guides.em import Expectation, expectation, new_noise_scale, new_precisions
+from numpyro_bdl.guides.em import Expectation, expectation, new_noise_scale, new_precisions, whitened_again
 from numpyro_bdl.guides.prior import Prior
 from numpyro_bdl.linear import ConjugateGradient
 from numpyro_bdl.linear.system import dots, products
@@ -143,3 +143,9 @@ def test_the_samples_have_the_learned_noise_and_precision(fitted):
     np.testing.assert_allclose(fitted.linear_mode["w"], mean, atol=1e-8)
     np.testing.assert_allclose(fitted.samples["sigma"], scale)
     np.testing.assert_allclose(fitted.params["auto_samples"][:, P], np.log(scale), rtol=1e-9)
+
+
+def test_a_warm_start_is_the_same_weights():
+    x, before, after = ({"w": np.random.default_rng(n).uniform(0.5, 2, 5)} for n in range(3))
+    again = whitened_again(x, before, after)
+    np.testing.assert_allclose(again["w"] * after["w"], x["w"] * before["w"], rtol=1e-6)

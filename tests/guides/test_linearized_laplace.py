@@ -193,6 +193,17 @@ def test_predictions_are_those_of_the_tangent(classified):
         predictive.log_likelihood()["y"][0], jax.nn.log_softmax(expected)[:, jnp.arange(20), LABELS], atol=1e-9
     )
     assert predictive.sample(random.key(0), X)["y"].shape == (1, 200, 20)
+    found = predictive.summary(X, LABELS)["y"]
+    np.testing.assert_allclose(found.mean_probabilities, jax.nn.softmax(expected).mean(0), atol=1e-9)
+
+
+def test_draws_of_a_tangent_share_the_point_where_it_touches(classified, monkeypatch):
+    def one_after_the_other(*args, **kwargs):
+        raise AssertionError("the network itself would be evaluated for each draw")
+
+    _, _, posterior = classified
+    monkeypatch.setattr(jax.lax, "map", one_after_the_other)
+    assert bdl.PosteriorPredictive(posterior).functions(X)["y"].shape == (1, 200, 20, 3)
 
 
 def test_covariance_of_few_points_in_closed_form(classified):

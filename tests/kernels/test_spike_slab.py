@@ -14,6 +14,7 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import pytest
+import xarray
 from exact import covariance_z_scores
 from jax import random
 from kernels.laws import TARGET
@@ -431,7 +432,8 @@ def test_a_scale_that_a_compiled_program_would_trace_is_refused():
 # ---- what a run says ----------------------------------------------------------------------------------------------
 
 
-def test_tree_of_a_run():
+@pytest.mark.filterwarnings("ignore:Consolidated metadata is currently not part in the Zarr format 3")
+def test_tree_of_a_run(tmp_path):
     groups = {"net/Dense_0.kernel": "neuron_in", "net/Dense_1.kernel": "unstructured"}
     mcmc = pruned_run(groups=groups, sparsity=0.4)
     tree = bdl.to_datatree(mcmc)
@@ -446,6 +448,12 @@ def test_tree_of_a_run():
     without = bdl.to_datatree(mcmc, weights=False)
     assert "inclusion" not in without.children
     assert {"mask", "inclusion_rate"} <= set(without.children)
+    tree.to_zarr(tmp_path / "run.zarr")
+    tree.to_netcdf(tmp_path / "run.nc")
+    for name in ("run.zarr", "run.nc"):
+        with xarray.open_datatree(tmp_path / name) as read:
+            xarray.testing.assert_equal(read.load(), tree)
+            assert read["mask"]["net.Dense_0.kernel"].dtype == bool
     assert tree.attrs["temperature"] == 1
 
 
