@@ -58,7 +58,7 @@ class OperatorModel(LinearModel):
 
 
 def check_operator(model: OperatorModel, key: Array) -> None:
-    r"""Compare :math:`\Phi (2 a - b)` with :math:`2 \Phi a - \Phi b`, and :math:`\langle u, \Phi a \rangle` with
+    r"""Compare :math:`\Phi (2 a + b)` with :math:`2 \Phi a + \Phi b`, and :math:`\langle u, \Phi a \rangle` with
     :math:`\langle \Phi^\top u, a \rangle`, at random vectors.
 
     :raises ValueError: if the product is not linear, gives other shapes than those of y, or numbers that are not
@@ -79,14 +79,14 @@ def check_operator(model: OperatorModel, key: Array) -> None:
             f" {(len(rows), *model.y.shape[1:])} there."
         )
     of_a, of_b = model.product(a, rows), model.product(b, rows)
-    both = model.product(jax.tree.map(lambda a, b: 2 * a - b, a, b), rows)
+    both = model.product(jax.tree.map(lambda a, b: 2 * a + b, a, b), rows)
     if not bool(jnp.all(jnp.isfinite(both))):
         raise ValueError("operator: its product with finite weights has numbers that are not finite.")
     tolerance = 1e3 * float(jnp.finfo(both.dtype).eps)
     size = float(jnp.linalg.norm(of_a) + jnp.linalg.norm(of_b))
-    if float(jnp.linalg.norm(both - 2 * of_a + of_b)) > tolerance * size:
+    if float(jnp.linalg.norm(both - 2 * of_a - of_b)) > tolerance * size:
         raise ValueError(
-            "operator: it is not linear: its product with 2 a - b is not twice that with a, less that with b. Is there"
+            "operator: it is not linear: its product with 2 a + b is not twice that with a, and that with b. Is there"
             " a constant in it? Subtract that from y."
         )
     if model.transpose is None:
