@@ -151,6 +151,21 @@ def products_and_residuals(system: System, problem: Problem, x: Weights) -> tupl
     return curved, jnp.sqrt(_total(dots(missing, missing)) / _total(dots(b, b)))
 
 
+@jax.jit
+def error_bound(system: System, problem: Problem, x: Weights) -> Array:
+    r"""A bound on the error of samples x, the largest of several: of their function at the data, as a root mean square,
+    by that of its posterior standard deviation.
+
+    With :math:`r = H x - b` and :math:`F = L^\top \tilde J` the error is :math:`\|F H^{-1} r\| \le \|r\| / 2`, since
+    no :math:`m / (1 + m)^2` is above 1/4; the standard deviations add up to
+    :math:`\gamma = E \|F x\|^2`, the effective dimension.
+    """
+    curved, residuals = products_and_residuals(system, problem, x)
+    size = sum(w[0].size for w in x.values())
+    dimension = jnp.clip(jnp.mean(_total(dots(x, curved))), jnp.finfo(residuals.dtype).tiny, size)
+    return jnp.max(residuals * jnp.sqrt(_total(dots(problem.total, problem.total)))) / (2 * jnp.sqrt(dimension))
+
+
 @partial(jax.jit, static_argnums=1)
 def noise_gradients(system: System, count: int) -> Weights:
     r""":math:`\tilde J^\top L \epsilon` over all rows, for ``count`` samples, by one pass."""

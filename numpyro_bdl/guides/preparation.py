@@ -99,7 +99,8 @@ def _linearized(chosen: Any, potential: Potential, sites: tuple[str, ...]) -> tu
 
 
 def _first_prior(guide: Any, system: System, own: dict, free: dict[str, tuple[str, ...]]) -> tuple[Prior, int]:
-    """The prior that EM starts from: as precise as the model's own, on average over a group.
+    """The prior that EM starts from: as precise as the model's own, on average over a group; for layers without a scale
+    as precise as their trained weights are large.
 
     :param own: Location and scale of the model's own prior, by site.
     :param free: Layers without a scale.
@@ -124,10 +125,15 @@ def _first_prior(guide: Any, system: System, own: dict, free: dict[str, tuple[st
         shared = {k: layer for k, layer in free.items() if not any(set(g) <= set(layer) for g in groups.values())}
         if shared:
             warn_of_scale(shared, "groups of their own")
-    alpha = {
-        group: jnp.mean(jnp.concatenate([jnp.broadcast_to(own[k][1], unit[k].shape).ravel() for k in sites]) ** -2.0)
-        for group, sites in groups.items()
-    }
+    alpha = {}
+    for group, sites in groups.items():
+        layer = next((layer for layer in free.values() if set(sites) <= set(layer)), None)
+        if layer is None:
+            alpha[group] = jnp.mean(
+                jnp.concatenate([jnp.broadcast_to(own[k][1], unit[k].shape).ravel() for k in sites]) ** -2.0
+            )
+        else:  # or the steps of EM would depend on a scale that means nothing
+            alpha[group] = 1 / jnp.mean(jnp.concatenate([system.model.weights[k].ravel() for k in layer]) ** 2)
     return Prior(unit, groups, alpha), 0
 
 

@@ -31,9 +31,9 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from numpyro_bdl._checks import check_integer, check_number
-from numpyro_bdl.guides.linear_system import Problem, System, products_and_residuals, stable_step
+from numpyro_bdl.guides.linear_system import Problem, System, stable_step
 from numpyro_bdl.guides.solvers.newton import newton
-from numpyro_bdl.guides.solvers.rounds import rounds, stretches
+from numpyro_bdl.guides.solvers.rounds import is_solved, rounds, stretches
 from numpyro_bdl.guides.tangent import Batch, Linearization, Weights
 
 
@@ -54,10 +54,11 @@ class Dual(NamedTuple):
 class DualDescent:
     r"""Stochastic dual descent: for few rows or many weights. It holds an unknown per observed output and sample.
 
-    It goes on in rounds, each as long as all before it, until the residual is small.
+    It goes on in rounds, each as long as all before it, until the samples are good enough.
 
     :param steps: Most steps for a solution.
-    :param tolerance: Residual at which to stop, that of the primal system, relative to the right-hand side.
+    :param tolerance: Error of samples at which to stop, a bound on that of their function at the data in posterior
+        standard deviations: :func:`~numpyro_bdl.guides.linear_system.error_bound`.
     :param step_size: :math:`\beta`; None for one that the eigenvalues of a few minibatches allow,
         :func:`~numpyro_bdl.guides.linear_system.stable_step`.
     :param momentum: :math:`\rho`.
@@ -65,8 +66,8 @@ class DualDescent:
         round, since the noise of this descent vanishes at its solution.
     """
 
-    steps: int = 5000
-    tolerance: float = 0.02
+    steps: int = 1000
+    tolerance: float = 0.2
     step_size: float | None = None
     momentum: float = 0.9
     averaging: float | None = None
@@ -97,7 +98,7 @@ class DualDescent:
                 state = _advance(self, system, problem, state, key, step_size, round_, part)
                 report(part[1] / self.steps)
             x = jax.tree.map(jnp.add, problem.prior, state.average)
-            if round_[1] < self.steps and jnp.max(products_and_residuals(system, problem, x)[1]) < self.tolerance:
+            if round_[1] < self.steps and is_solved(system, problem, x, self.tolerance):
                 break
         report(1.0)
         return x
