@@ -330,6 +330,11 @@ WARNINGS = {
     ),
     "tempered": (lambda: tree_of({"temperature": 0.5}), {"Not the posterior": r"The temperature is 0\.5"}),
     "shared": (lambda: tree_of({"chains_share_minibatches": 1}), {"Shared minibatches": "All chains saw the same"}),
+    "particles": (lambda: tree_of({"chains_share_minibatches": 1, "langevin": 1}), {}),
+    "far away": (
+        lambda: tree_of(functions={"y": np.float32(1e30) * normal(6).astype("float32")}),
+        {},
+    ),
     "few": (lambda: tree_of().isel(chain=[0]), {"Few chains": "there is 1"}),
 }
 

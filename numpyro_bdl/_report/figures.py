@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _DPI = 130
+_THIN = {"trace": {"alpha": 0.7, "width": 0.9}}
 _WIDE, _SQUARE = (7.2, 4.0), (5.2, 5.0)
 _MOST_WEIGHTS = 1000  # for R-hat by layer
 _MOST_GROUPS = 200  # of a site, for paths of inclusion
@@ -53,7 +54,7 @@ def convergence(run: Run, found: Convergence) -> list[Picture]:
             "Traces of the function values with the largest R-hat, a colour for each chain. Chains that have converged"
             " lie over each other and have no trend.",
             f"Traces of the function values with the largest R-hat; {worst}.",
-            lambda **kwargs: plots.function_trace(run.few, **kwargs),
+            lambda **kwargs: plots.function_trace(run.few, visuals=_THIN, **kwargs),
         )
         pictures += _by_arviz(
             run,
@@ -86,7 +87,7 @@ def modes(run: Run) -> list[Picture]:
     found = run.ask("Modes in function space", symmetry.functional_modes, run.tree)
     if found is None:
         return []
-    sizes = ", ".join(map(str, found.sizes))
+    sizes = " and ".join(map(str, found.sizes))
     said = f"{found.num_modes} functional mode{'s' * (found.num_modes > 1)}, of {sizes} chains"
     return _drawn(
         run,
@@ -121,9 +122,10 @@ def selection(run: Run) -> list[Picture]:
         masks = {str(k): v.transpose("chain", ...).to_numpy() for k, v in run.tree["mask"].data_vars.items()}
         pictures += _drawn(
             run,
-            "Weights, or groups of them, that were pruned, by site. The dashed line is the share of all.",
+            "Weights, or groups of them, that were pruned, by site. The dashed line is the share of all of them.",
             f"Share of the weights that was pruned, of {len(masks)} sites.",
             lambda ax: plots.layer_sparsity(masks, ax),
+            (_WIDE[0], 2.2 + 0.35 * len(masks)),
         )
     inclusion = run.values("inclusion")
     if inclusion:
@@ -162,7 +164,7 @@ def statistics(run: Run) -> list[Picture]:
         run,
         f"Traces of statistics of the sampler: {', '.join(shown)}.",
         f"Traces of {', '.join(shown)} along the draws, by chain.",
-        lambda **kwargs: az.plot_trace(run.tree, group="sample_stats", var_names=shown, **kwargs),
+        lambda **kwargs: az.plot_trace(run.tree, group="sample_stats", var_names=shown, visuals=_THIN, **kwargs),
         len(shown),
     )
 

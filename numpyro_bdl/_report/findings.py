@@ -91,8 +91,7 @@ def _diagnosed(run: Run) -> DataFrame:
     )
     if not varies.any():
         raise ValueError("Every function value is the same in all draws.")
-    with np.errstate(divide="ignore", invalid="ignore"):  # chains that don't move
-        return az.summary(run.few, group="functions", kind="diagnostics", round_to="none")[varies]
+    return az.summary(run.few, group="functions", kind="diagnostics", round_to="none")[varies]
 
 
 def _judge(run: Run, values: DataFrame) -> None:
@@ -165,7 +164,7 @@ def _law(run: Run) -> None:
                 f" 1 / {temperature:g}.",
             )
         )
-    if run.attrs.get("chains_share_minibatches"):
+    if run.attrs.get("chains_share_minibatches") and "langevin" not in run.attrs:  # particles always do
         run.findings.append(
             Finding(
                 "Shared minibatches", "All chains saw the same minibatches, so that they agree more than they should."

@@ -56,7 +56,7 @@ class Run:
                     )
         self.sizes = {dim: tree[groups[0]].sizes[dim] for dim in ("chain", "draw")}
         self.kept = np.flatnonzero(_finite(tree, self.sizes["chain"]))
-        self.tree = tree.isel(chain=self.kept)
+        self.tree = tree.map_over_datasets(_indexed).isel(chain=self.kept)
         self.whole = tree
         self.attrs = dict(tree.attrs)
         self.findings: list[Finding] = []
@@ -120,7 +120,8 @@ class Run:
         :return: What the function returns, None if it refuses.
         """
         result = None
-        with warnings.catch_warnings(record=True) as caught:
+        # chains that stand still or are far away have an R-hat or a variance that is no number, and are shown as such
+        with warnings.catch_warnings(record=True) as caught, np.errstate(all="ignore"):
             warnings.simplefilter("always", UserWarning)
             try:
                 result = function(*args, **kwargs)
@@ -135,10 +136,14 @@ class Run:
         return result
 
 
+def _indexed(dataset: Dataset) -> Dataset:
+    """With numbers for labels where there are none, as ArviZ asks for."""
+    return dataset.assign_coords({dim: dataset[dim] for dim in dataset.dims})
+
+
 def thinned(values: dict[str, DataArray], most: int) -> Dataset:
     """Values of which each draw has at most so many: every second along the longest dimension, until they are few."""
     few = Dataset(values)
-    few = few.assign_coords({dim: few[dim] for dim in few.dims})  # what is left keeps its names
     while sum(value.size for value in few.isel(chain=0, draw=0).data_vars.values()) > most:
         longest = max(few.sizes, key=lambda dim: (dim not in ("chain", "draw")) * few.sizes[dim])
         if few.sizes[longest] == 1:
