@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _DPI = 130
-_THIN = {"trace": {"alpha": 0.7, "width": 0.9}}
+_THIN: Any = {"trace": {"alpha": 0.7, "width": 0.9}}
 _WIDE, _SQUARE = (7.2, 4.0), (5.2, 5.0)
 _MOST_WEIGHTS = 1000  # for R-hat by layer
 _MOST_GROUPS = 200  # of a site, for paths of inclusion
