@@ -12,6 +12,7 @@ from xarray import DataArray, Dataset, DataTree
 
 from numpyro_bdl._checks import check_integer
 from numpyro_bdl._plot_style import COLORS, REFERENCE, has_line, new_axes, next_style
+from numpyro_bdl.diagnostics import RHAT_LEVELS
 
 if TYPE_CHECKING:
     from arviz_plots import PlotCollection
@@ -193,8 +194,8 @@ def _worst(owner: str, tree: DataTree, count: int) -> DataTree:
     chosen = {}
     for _, name, place in sorted(varying, key=lambda entry: -entry[0])[:count]:
         value = tree["functions"][name].isel(dict(zip(rhat[name].dims, place, strict=True)))
-        at = {dim: value.coords[dim].item() for dim in rhat[name].dims}
-        chosen[BaseLabeller().make_label_flat(name, at, at)] = value.drop_vars(rhat[name].dims)
+        at = {dim: rhat[name][dim][n].item() for dim, n in zip(rhat[name].dims, place, strict=True)}
+        chosen[BaseLabeller().make_label_flat(name, at, at)] = value.drop_vars(rhat[name].dims, errors="ignore")
     rest = {"sample_stats": tree["sample_stats"].to_dataset()} if "sample_stats" in tree.children else {}
     return DataTree.from_dict({"functions": Dataset(chosen), **rest})  # NUTS: with its divergences
 
@@ -234,7 +235,7 @@ def _finite_rhat(owner: str, tree: DataTree, group: str) -> dict[str, DataArray]
 def _rhat_axis(ax: "Axes", highest: float) -> None:
     """An axis that is logarithmic in the excess over 1, with the usual demands."""
     if not has_line(ax, "_reference"):
-        for level in (1.01, 1.1):
+        for level in RHAT_LEVELS:
             ax.axvline(level, label="_reference", linestyle="--", **REFERENCE)
     end = max(highest * 1.05, 2.0)
     ax.set_xscale("function", functions=(_log_excess, _from_log_excess))
