@@ -355,7 +355,7 @@ def compared(estimate: np.ndarray, true: np.ndarray) -> dict:
 # ---- exact ----------------------------------------------------------------------------------------------------------
 
 
-def exact(quick: bool, solvers: tuple[str, ...] = ("",), most: int = 256) -> None:
+def exact(quick: bool, chosen: tuple[str, ...] = ("",), most: int = 256) -> None:
     network, rows, truth = Net(), digits(), dense(600)
     gamma, variances = truth.dimension(PRECISION), truth.variances(PRECISION)
     wall, processor = truth.seconds[:3].sum(), truth.processor[:3].sum()
@@ -395,8 +395,8 @@ def exact(quick: bool, solvers: tuple[str, ...] = ("",), most: int = 256) -> Non
         ("dual, default", batched, DualDescent(), 32),
         ("cg, tolerance 1e-2", full, ConjugateGradient(1e-2), 256),
     ]
-    chosen = [case for case in cases if case[0].startswith(solvers) and case[3] <= most]
-    for name, system, solver, count in cases[1:2] if quick else chosen:
+    some = [case for case in cases if case[0].startswith(chosen) and case[3] <= most]
+    for name, system, solver, count in cases[1:2] if quick else some:
         draws = prior_draws(random.key(3), weights, count)
         noise, of_noise = timed(partial(noise_gradients, full, count))
         problem = Problem(draws, noise, noisy=True)
@@ -577,7 +577,7 @@ def rescaled(network: Net, params: dict, factor: float, rows: Data) -> dict:
     return mutable | {"auto_loc": guide._flat(moved)}
 
 
-def normalization(quick: bool) -> None:
+def normalization(quick: bool, chosen: tuple[str, ...] = ("",)) -> None:
     rows, table = digits(), []
     small = rows._replace(x_test=rows.x_test[:TEST_ROWS])
     priors = {
@@ -590,6 +590,8 @@ def normalization(quick: bool) -> None:
         network = Net(norm, 8, 50)
         params = trained(network, 100 if quick else 600)
         for name, settings in priors.items():
+            if not name.startswith(chosen):
+                continue
             found = {}
             for factor in (1.0, 10.0) if quick else (1.0, 0.1, 10.0):
                 with Clock() as clock, warnings.catch_warnings(record=True) as said:
@@ -629,7 +631,7 @@ def normalization(quick: bool) -> None:
                     "load": round(clock.load, 1),
                 }
                 table.append(show(row))
-                write("normalization", table)
+                write("normalization", table, ("norm", "prior", "factor"))
 
 
 def network_size(posterior) -> int:
@@ -954,7 +956,9 @@ def main():
     parser.add_argument("--cache", type=Path, help="a folder for trained networks and dense answers")
     parser.add_argument("--quick", action="store_true", help="a smoke run, with tables in --out alone")
     parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--solvers", nargs="+", default=("",), help="beginnings of the names of cases of exact")
+    parser.add_argument(
+        "--cases", nargs="+", default=("",), help="beginnings of names: solvers of exact, priors of normalization"
+    )
     parser.add_argument("--samples", type=int, default=256, help="most samples of exact")
     parser.add_argument("--python", help="for peers: an interpreter that has them")
     parser.add_argument("--limit", type=float, default=120, help="for peers: seconds for each")
@@ -966,7 +970,8 @@ def main():
         raise SystemExit("--quick means nothing for benchmarks/results: give another folder as --out.")
     RESULTS, CACHE = args.out, args.cache
     calls = {
-        "exact": lambda: exact(args.quick, tuple(args.solvers), args.samples),
+        "exact": lambda: exact(args.quick, tuple(args.cases), args.samples),
+        "normalization": lambda: normalization(args.quick, tuple(args.cases)),
         "peers": lambda: peers(args.python, args.limit),
     }
     for part in args.parts:
