@@ -18,6 +18,7 @@ from jax import Array
 from jaxtyping import Float
 
 from numpyro_bdl._accumulators import Classes, LogMeanExp, Mean, Moments, Values, entropy
+from numpyro_bdl._checks import check_observation
 from numpyro_bdl._evaluation import Evaluation
 from numpyro_bdl.natural_parameter import natural_parameter, without_wrappers
 
@@ -91,13 +92,8 @@ def log_density(name: str, site: dict) -> Array:
 
     :raises ValueError: for an observation that is paired with the elements of the site each with each.
     """
-    value = site["fn"].log_prob(site["value"])
-    if site["cond_indep_stack"] and value.shape != site["fn"].batch_shape:
-        raise ValueError(
-            f"The observation at site '{name}' has shape {jnp.shape(site['value'])}, but its law is of"
-            f" {site['fn'].shape()}; reshape it, since each would be paired with each."
-        )
-    return value
+    check_observation(name, site)
+    return site["fn"].log_prob(site["value"])
 
 
 # ---- over draws -----------------------------------------------------------------------------------------------------
