@@ -181,10 +181,15 @@ class _Call:
         key_model, key_site = random.split(key)
         sites = self.potential.run(values, rows, key_model, mutable, args, kwargs)
         outputs = {
-            name: self.extract(name, _get(sites, name), random.fold_in(key_site, n))
-            for n, name in enumerate(self.names)
+            name: self.extract(name, _get(sites, name), random.fold_in(key_site, self._place(name)))
+            for name in self.names
         }
         return outputs, sites
+
+    def _place(self, name: str) -> int:
+        """That among all observed sites, so that the key of a site doesn't depend on which others are asked for."""
+        observed = list(self.potential.observed)
+        return observed.index(name) if name in observed else len(observed) + self.names.index(name)
 
     def over_draws(self, values, mutable, keys, start, rows, arrays) -> dict[str, Any]:
         """The outputs at each draw, (draw, ...), for the rows from ``start`` on."""

@@ -528,3 +528,21 @@ def test_a_law_with_other_outputs_than_in_the_run_is_refused():
     predictive = bdl.PosteriorPredictive(bdl.Samples(outputs, {"w": np.zeros((1, 2))}, (X, TARGETS)))
     with pytest.raises(ValueError, match="site 'y' has other axes than in the run"):
         predictive.summary(X[:, :1])
+
+
+# ---- predictions that are NaN -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"quantiles": (0.5,), "rng_key": KEY}])
+@pytest.mark.parametrize("where", ["location", "scale"])
+def test_predictions_that_are_nan_are_refused_without_an_observation(options, where):
+    def model(x, y=None):
+        a = numpyro.sample("a", dist.Normal())
+        zero = jnp.exp(200 * a) * x * 0
+        with numpyro.plate("data", len(x)):
+            law = dist.Normal(zero, 1) if where == "location" else dist.Cauchy(0, 1 + zero)
+            numpyro.sample("y", law, obs=y)
+
+    predictive = bdl.PosteriorPredictive(bdl.Samples(model, {"a": np.array([[0.0, 1.0]])}, (jnp.zeros(3), jnp.ones(3))))
+    with pytest.raises(ValueError, match="location or scale of site 'y' at chain 0, draw 1, row 0 is NaN or infinite"):
+        predictive.summary(jnp.ones(3), **options)
