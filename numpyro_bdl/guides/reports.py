@@ -16,7 +16,7 @@ from numpyro_bdl.guides.linear_system import System, dot, energy_and_gradient
 from numpyro_bdl.guides.prior import Prior
 from numpyro_bdl.guides.tangent import Batch, Weights
 
-_UNSOLVED = 0.05
+_UNSOLVED = 0.5
 _MOVING = 0.2
 _BAR = "{desc}: {percentage:3.0f}%|{bar}| [{elapsed}<{remaining}{postfix}]"
 
@@ -144,11 +144,11 @@ def warn_of_em(change: float, steps: int) -> None:
 
 def warn_of_solution(found: Expectation, system: System) -> None:
     """Warn of systems that are not solved, and of models that interpolate."""
-    if not found.residual < _UNSOLVED:
+    if not found.error < _UNSOLVED:
         warnings.warn(
-            f"The linear systems of the samples are not solved: their residual is {found.residual:.2g} of the"
-            f" right-hand sides (expected below {_UNSOLVED}). Take more steps, or a smaller step_size if it is above"
-            " 1.",
+            "The linear systems of the samples are not solved: at the data their function can be off by"
+            f" {found.error:.2g} posterior standard deviations (expected below {_UNSOLVED}). Give the solver more"
+            " steps, or a smaller tolerance.",
             stacklevel=3,
         )
     outputs, dimension = count_outputs(system), float(sum(found.dimension.values()))

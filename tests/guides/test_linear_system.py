@@ -34,10 +34,10 @@ from numpyro_bdl.guides import SGD, ConjugateGradient, DualDescent
 from numpyro_bdl.guides.linear_system import (
     Problem,
     energy_and_gradient,
-    error_bound,
     noise_gradients,
     prior_draws,
     products,
+    quality,
     stable_step,
 )
 from numpyro_bdl.guides.prior import diagonal
@@ -306,7 +306,7 @@ def test_a_descent_stops_where_the_error_of_its_samples_is_small(solver):
         shares = []
         x = solver(steps=3000, tolerance=tolerance).solve(system, problem, problem.prior, random.key(0), shares.append)
         error = np.linalg.norm((flat(x) - exact) @ features.T, axis=1).max() / np.sqrt(dimension)
-        bound = float(error_bound(system, problem, x))
+        bound = float(quality(system, problem, x).error)
         assert error < 1.2 * bound  # the dimension in it is an estimate, by 64 samples
         assert shares[-1] == 1.0
         steps.append(round(3000 * max(share for share in [0.0, *shares] if share < 1)))

@@ -10,7 +10,7 @@ the steps that it needs at most.
 import itertools
 from collections.abc import Iterator
 
-from numpyro_bdl.guides.linear_system import Problem, System, error_bound, products_and_residuals
+from numpyro_bdl.guides.linear_system import Problem, System, quality
 from numpyro_bdl.guides.tangent import Weights
 
 _FIRST = 100
@@ -35,6 +35,5 @@ def stretches(first: int, last: int) -> Iterator[tuple[int, int]]:
 
 def is_solved(system: System, problem: Problem, x: Weights, tolerance: float) -> bool:
     """Whether the error of samples is below a tolerance, in posterior standard deviations of the function."""
-    if problem.noisy:
-        return bool(error_bound(system, problem, x) < tolerance)
-    return bool(products_and_residuals(system, problem, x)[1].max() < _RESIDUAL)
+    found = quality(system, problem, x)
+    return bool(found.error < tolerance if problem.noisy else found.residual < _RESIDUAL)

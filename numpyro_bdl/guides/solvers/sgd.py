@@ -65,7 +65,7 @@ class SGD:
 
     :param steps: Most gradient steps for a solution.
     :param tolerance: Error of samples at which to stop, a bound on that of their function at the data in posterior
-        standard deviations: :func:`~numpyro_bdl.guides.linear_system.error_bound`.
+        standard deviations: :class:`~numpyro_bdl.guides.linear_system.Quality`.
     :param step_size: Step on the whitened quadratic; None for one that the eigenvalues of a few minibatches allow,
         :func:`~numpyro_bdl.guides.linear_system.stable_step`.
     :param momentum: Of Nesterov's method.
