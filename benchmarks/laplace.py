@@ -355,7 +355,7 @@ def compared(estimate: np.ndarray, true: np.ndarray) -> dict:
 # ---- exact ----------------------------------------------------------------------------------------------------------
 
 
-def exact(quick: bool, solvers: tuple[str, ...] = ("",), most: int = 256) -> None:
+def exact(quick: bool, chosen: tuple[str, ...] = ("",), most: int = 256) -> None:
     network, rows, truth = Net(), digits(), dense(600)
     gamma, variances = truth.dimension(PRECISION), truth.variances(PRECISION)
     wall, processor = truth.seconds[:3].sum(), truth.processor[:3].sum()
@@ -375,25 +375,28 @@ def exact(quick: bool, solvers: tuple[str, ...] = ("",), most: int = 256) -> Non
     ]
     with Clock() as clock, warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        posterior = fit(network, trained(network, 600), rows, prior="model", solver=ConjugateGradient(), num_samples=32)
-    show({"fit": "cg, K 32", "wall": round(clock.wall, 1), "of that compiling": round(clock.compiling, 1)})
+        posterior = fit(
+            network, trained(network, 600), rows, prior="model", solver=ConjugateGradient(1e-2), num_samples=32
+        )
+    show({"fit": "cg 1e-2, K 32", "wall": round(clock.wall, 1), "of that compiling": round(clock.compiling, 1)})
     full = posterior.system
     batched = full._replace(rows=jnp.arange(300).reshape(3, 100), weight=jnp.ones((3, 100)))
     weights, size = full.model.weights, len(truth.weights)
     inputs = jnp.asarray(rows.x_test[:TEST_ROWS])
     cases = [
         ("cg, tolerance 1e-1", full, ConjugateGradient(1e-1), 32),
-        ("cg, tolerance 3e-2", full, ConjugateGradient(3e-2), 32),
+        ("cg, tolerance 1e-2", full, ConjugateGradient(1e-2), 32),
         ("cg, default", full, ConjugateGradient(), 32),
-        ("cg, tolerance 1e-4", full, ConjugateGradient(1e-4), 32),
         ("sgd, 100 steps", batched, SGD(steps=100), 32),
+        ("sgd, 200 steps", batched, SGD(steps=200), 32),
         ("sgd, default", batched, SGD(), 32),
         ("dual, 100 steps", batched, DualDescent(steps=100), 32),
+        ("dual, 200 steps", batched, DualDescent(steps=200), 32),
         ("dual, default", batched, DualDescent(), 32),
-        ("cg, default", full, ConjugateGradient(), 256),
+        ("cg, tolerance 1e-2", full, ConjugateGradient(1e-2), 256),
     ]
-    chosen = [case for case in cases if case[0].startswith(solvers) and case[3] <= most]
-    for name, system, solver, count in cases[1:2] if quick else chosen:
+    some = [case for case in cases if case[0].startswith(chosen) and case[3] <= most]
+    for name, system, solver, count in cases[1:2] if quick else some:
         draws = prior_draws(random.key(3), weights, count)
         noise, of_noise = timed(partial(noise_gradients, full, count))
         problem = Problem(draws, noise, noisy=True)
@@ -520,7 +523,7 @@ def em(quick: bool) -> None:
             "effective_dimension": round(truth.dimension(naive), 2),
         }
         table.append(show(base | label | below))
-        solvers = {"cg": (ConjugateGradient(), None), "sgd": (SGD(), 100)}
+        solvers = {"cg": (ConjugateGradient(1e-2), None), "sgd, 200 steps": (SGD(steps=200), 100)}
         for name, (solver, batch) in list(solvers.items())[: 2 if steps == 600 and not quick else 1]:
             with Clock() as clock, warnings.catch_warnings(record=True) as said:
                 warnings.simplefilter("always")
@@ -574,7 +577,7 @@ def rescaled(network: Net, params: dict, factor: float, rows: Data) -> dict:
     return mutable | {"auto_loc": guide._flat(moved)}
 
 
-def normalization(quick: bool) -> None:
+def normalization(quick: bool, chosen: tuple[str, ...] = ("",)) -> None:
     rows, table = digits(), []
     small = rows._replace(x_test=rows.x_test[:TEST_ROWS])
     priors = {
@@ -587,6 +590,8 @@ def normalization(quick: bool) -> None:
         network = Net(norm, 8, 50)
         params = trained(network, 100 if quick else 600)
         for name, settings in priors.items():
+            if not name.startswith(chosen):
+                continue
             found = {}
             for factor in (1.0, 10.0) if quick else (1.0, 0.1, 10.0):
                 with Clock() as clock, warnings.catch_warnings(record=True) as said:
@@ -595,7 +600,7 @@ def normalization(quick: bool) -> None:
                         network,
                         rescaled(network, params, factor, rows),
                         rows,
-                        solver=ConjugateGradient(),
+                        solver=ConjugateGradient(1e-2),
                         num_samples=32,
                         em_samples=32,
                         **settings,
@@ -626,7 +631,7 @@ def normalization(quick: bool) -> None:
                     "load": round(clock.load, 1),
                 }
                 table.append(show(row))
-                write("normalization", table)
+                write("normalization", table, ("norm", "prior", "factor"))
 
 
 def network_size(posterior) -> int:
@@ -649,7 +654,7 @@ def variance(quick: bool) -> None:
     params = trained(network, 300, sixty)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        system = fit(network, params, rows, prior="model", solver=ConjugateGradient(), num_samples=2).system
+        system = fit(network, params, rows, prior="model", solver=ConjugateGradient(1e-2), num_samples=2).system
     weights = system.model.weights
     flat, unravel = jax.flatten_util.ravel_pytree(weights)
     f = lambda v: network.apply({"params": nested(unravel(v))}, rows.x)
@@ -745,7 +750,7 @@ def shift(quick: bool) -> None:
     angles = (0, 90) if quick else (0, 15, 30, 45, 60, 90, 120, 150, 180)
     turned = {a: np.float32(ndimage.rotate(rows.x_test, a, (1, 2), reshape=False, order=1)) for a in angles}
     table, posterior = [], None
-    solver = DualDescent(steps=50) if quick else DualDescent()
+    solver = DualDescent(steps=50 if quick else 5000)
     for method, settings in methods.items():
         with Clock() as clock, warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
@@ -870,7 +875,7 @@ PEERS = (
     "laplax lanczos 100",
     "laplax diagonal",
 )
-OURS = {"numpyro_bdl cg": (ConjugateGradient(), None), "numpyro_bdl sgd": (SGD(), 100)}
+OURS = {"numpyro_bdl cg": (ConjugateGradient(1e-2), None), "numpyro_bdl sgd": (SGD(steps=200), 100)}
 
 
 def ours(method: str, problem: str, answer: str) -> None:
@@ -951,7 +956,9 @@ def main():
     parser.add_argument("--cache", type=Path, help="a folder for trained networks and dense answers")
     parser.add_argument("--quick", action="store_true", help="a smoke run, with tables in --out alone")
     parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--solvers", nargs="+", default=("",), help="beginnings of the names of cases of exact")
+    parser.add_argument(
+        "--cases", nargs="+", default=("",), help="beginnings of names: solvers of exact, priors of normalization"
+    )
     parser.add_argument("--samples", type=int, default=256, help="most samples of exact")
     parser.add_argument("--python", help="for peers: an interpreter that has them")
     parser.add_argument("--limit", type=float, default=120, help="for peers: seconds for each")
@@ -963,7 +970,8 @@ def main():
         raise SystemExit("--quick means nothing for benchmarks/results: give another folder as --out.")
     RESULTS, CACHE = args.out, args.cache
     calls = {
-        "exact": lambda: exact(args.quick, tuple(args.solvers), args.samples),
+        "exact": lambda: exact(args.quick, tuple(args.cases), args.samples),
+        "normalization": lambda: normalization(args.quick, tuple(args.cases)),
         "peers": lambda: peers(args.python, args.limit),
     }
     for part in args.parts:

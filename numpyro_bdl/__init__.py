@@ -33,6 +33,7 @@ from numpyro_bdl.kernels import SymmetryRestricted as SymmetryRestricted
 from numpyro_bdl.kernels import WGFEnsemble as WGFEnsemble
 from numpyro_bdl.linear import linear_posterior_samples as linear_posterior_samples
 from numpyro_bdl.predictive import PosteriorPredictive as PosteriorPredictive
+from numpyro_bdl.report import report as report
 from numpyro_bdl.samples import Samples as Samples
 from numpyro_bdl.schedules import cyclical as cyclical
 from numpyro_bdl.warm_start import train_map as train_map

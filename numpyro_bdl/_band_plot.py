@@ -84,7 +84,7 @@ def predictive_band(
         ax.fill_between(x[order], low, high, label=name, color=style["color"], alpha=alpha, linewidth=0)
     ax.plot(x[order], _CENTERS[center](function_draws, 0), label=label, **style)
     if rows is not None:
-        ax.scatter(*rows, 9, "black", label="data", alpha=0.6, linewidth=0, zorder=3)
+        ax.scatter(*rows, 9, "black", label="_data" if "data" in taken else "data", alpha=0.6, linewidth=0, zorder=3)
     ax.set(title="Predictive band", xlabel="input", ylabel="outcome")
     return ax
 

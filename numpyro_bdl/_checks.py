@@ -149,3 +149,18 @@ def check_rows(name: str, site: dict) -> None:
                 f"Observed site '{name}' has {rows} rows in plate '{frame.name}', which shows {frame.size}: take the"
                 " rows of every array in the plate by numpyro.subsample."
             )
+
+
+def check_observation(name: str, site: dict) -> None:
+    """Refuse an observation that would be paired with the elements of a site in a plate each with each.
+
+    One number may stand for all of them. Without a plate NumPyro lets one law have many observations.
+
+    :raises ValueError: naming the site and both shapes.
+    """
+    shape, expected = jnp.shape(site["value"]), site["fn"].shape()
+    if site["cond_indep_stack"] and shape not in ((), expected):
+        raise ValueError(
+            f"The observation at site '{name}' has shape {shape}, but its law is of {expected}; reshape one, since each"
+            " would be paired with each: a network's (row, 1) becomes (row,) by [..., 0]."
+        )

@@ -3,6 +3,7 @@
 
 """Pictures of convergence: R-hat of functions and of weights, and the worst function values."""
 
+import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from xarray import DataArray, Dataset, DataTree
 
 from numpyro_bdl._checks import check_integer
 from numpyro_bdl._plot_style import COLORS, REFERENCE, has_line, new_axes, next_style
+from numpyro_bdl.diagnostics import RHAT_LEVELS
 
 if TYPE_CHECKING:
     from arviz_plots import PlotCollection
@@ -34,7 +36,9 @@ def function_rhat(
         without draws, leaves out its line and keeps the colours of the others as they are in :func:`reliability`.
     :param ax: Axes to draw into; None for new ones.
     :return: The axes.
-    :raises ValueError: for a tree without the group, or an R-hat that is not a number.
+    :raises ValueError: for a tree without the group, a single chain, fewer than 4 draws a chain, or an R-hat that is
+        not a finite number.
+    :warns UserWarning: for function values that are the same in all draws, which have no R-hat and are left out.
 
     **Example**
 
@@ -48,15 +52,17 @@ def function_rhat(
         'R-hat'
     """
     named = trees if isinstance(trees, Mapping) and not isinstance(trees, DataTree) else {None: trees}
+    if not named:
+        raise ValueError("function_rhat: expected at least one tree, got none.")
     ax = new_axes(ax)
     for name, tree in named.items():
         if isinstance(tree, DataTree):
-            tree = np.concatenate([np.ravel(rhat) for rhat in _rhat("function_rhat", tree, "functions").values()])
+            tree = _varying(name, _finite_rhat("function_rhat", tree, "functions"))
         values = np.sort([] if tree is None else np.ravel(tree))
         if not np.isfinite(values).all():
             raise ValueError(
-                f"function_rhat: R-hat of {name or 'the run'} is not a number; it needs at least 4 draws a chain, all"
-                " of them finite and not all equal."
+                f"function_rhat: R-hat of {name or 'the run'} is not a finite number; there is none of draws"
+                " that are not finite, of values that never change, and of chains that each stand still."
             )
         style, _ = next_style(ax)
         shares = np.arange(1, len(values) + 1) / max(len(values), 1)
@@ -64,6 +70,21 @@ def function_rhat(
     _rhat_axis(ax, max(np.max(np.asarray(line.get_xdata(), float), initial=1.0) for line in ax.get_lines()))
     ax.set(title="Function-space R-hat", ylabel="share of function values", ylim=(0, 1.02))
     return ax
+
+
+def _varying(name: str | None, rhat: dict[str, DataArray]) -> np.ndarray:
+    """All values in a row, without those that are the same in all draws."""
+    values = np.concatenate([np.ravel(found) for found in rhat.values()])
+    same = np.isnan(values)
+    if same.all():
+        raise ValueError(f"function_rhat: every function value of {name or 'the run'} is the same in all draws.")
+    if same.any():
+        warnings.warn(
+            f"function_rhat: {same.sum()} of {same.size} function values of {name or 'the run'} are the same in all"
+            " draws, and left out.",
+            stacklevel=3,
+        )
+    return values[~same]
 
 
 def layer_rhat(tree: DataTree, ax: "Axes | None" = None) -> "Axes":
@@ -82,8 +103,8 @@ def layer_rhat(tree: DataTree, ax: "Axes | None" = None) -> "Axes":
     :param tree: A tree with the groups ``posterior`` and ``functions``, of :func:`~numpyro_bdl.to_datatree`.
     :param ax: Axes to draw into; None for new ones.
     :return: The axes.
-    :raises ValueError: for a tree without the groups, fewer than 4 draws a chain, draws that are not finite, chains
-        that each stand still, or a site none of whose values varies.
+    :raises ValueError: for a tree without the groups, a single chain, fewer than 4 draws a chain, draws that are not
+        finite, chains that each stand still, or a site none of whose values varies.
 
     **Example**
 
@@ -136,7 +157,8 @@ def function_trace(tree: DataTree, worst: int = 4, **kwargs: Any) -> "PlotCollec
     """Traces of the function values with the largest R-hat, by :func:`arviz.plot_trace`.
 
     A network has too many function values to look at each; the worst tell whether a chain is stuck, drifts, or jumps
-    between modes. Values that are the same in all draws are left out.
+    between modes. Values that are the same in all draws are left out. A single chain has no R-hat, and the first values
+    are drawn.
 
     :param tree: A tree with a group ``functions``, of :func:`~numpyro_bdl.to_datatree`.
     :param worst: How many function values.
@@ -160,7 +182,7 @@ def function_trace(tree: DataTree, worst: int = 4, **kwargs: Any) -> "PlotCollec
     """
     import arviz as az
 
-    return az.plot_trace(_worst("function_trace", tree, worst), group="functions", **kwargs)
+    return az.plot_trace(_worst("function_trace", tree, worst, chains=1), group="functions", **kwargs)
 
 
 def function_rank(tree: DataTree, worst: int = 4, **kwargs: Any) -> "PlotCollection":
@@ -173,19 +195,19 @@ def function_rank(tree: DataTree, worst: int = 4, **kwargs: Any) -> "PlotCollect
     :param worst: How many function values.
     :param kwargs: For :func:`arviz.plot_rank`.
     :return: ArviZ's PlotCollection, as of :func:`function_trace`.
-    :raises ValueError: as :func:`function_trace`.
+    :raises ValueError: as :func:`function_trace`, and for a single chain.
     """
     import arviz as az
 
     return az.plot_rank(_worst("function_rank", tree, worst), group="functions", **kwargs)
 
 
-def _worst(owner: str, tree: DataTree, count: int) -> DataTree:
+def _worst(owner: str, tree: DataTree, count: int, chains: int = 2) -> DataTree:
     """A tree with the function values of the largest R-hat, each a variable of its own."""
     from arviz_base.labels import BaseLabeller
 
     check_integer(owner, "worst", count)
-    rhat = _finite_rhat(owner, tree, "functions")
+    rhat = _finite_rhat(owner, tree, "functions", chains)
     every = [(float(value), name, place) for name, values in rhat.items() for place, value in np.ndenumerate(values)]
     varying = [entry for entry in every if not np.isnan(entry[0])]
     if not varying:
@@ -193,8 +215,8 @@ def _worst(owner: str, tree: DataTree, count: int) -> DataTree:
     chosen = {}
     for _, name, place in sorted(varying, key=lambda entry: -entry[0])[:count]:
         value = tree["functions"][name].isel(dict(zip(rhat[name].dims, place, strict=True)))
-        at = {dim: value.coords[dim].item() for dim in rhat[name].dims}
-        chosen[BaseLabeller().make_label_flat(name, at, at)] = value.drop_vars(rhat[name].dims)
+        at = {dim: rhat[name][dim][n].item() for dim, n in zip(rhat[name].dims, place, strict=True)}
+        chosen[BaseLabeller().make_label_flat(name, at, at)] = value.drop_vars(rhat[name].dims, errors="ignore")
     rest = {"sample_stats": tree["sample_stats"].to_dataset()} if "sample_stats" in tree.children else {}
     return DataTree.from_dict({"functions": Dataset(chosen), **rest})  # NUTS: with its divergences
 
@@ -212,11 +234,16 @@ def _rhat(owner: str, tree: DataTree, group: str) -> dict[str, DataArray]:
         return dict(az.rhat(tree, group=group).data_vars)
 
 
-def _finite_rhat(owner: str, tree: DataTree, group: str) -> dict[str, DataArray]:
-    """R-hat by name, NaN for values that are the same in all draws, infinite where each chain has one of its own."""
+def _finite_rhat(owner: str, tree: DataTree, group: str, chains: int = 2) -> dict[str, DataArray]:
+    """R-hat by name, NaN for values that are the same in all draws, infinite where each chain has one of its own.
+
+    :param chains: How many there must be; those of a single one are all 1.
+    """
     rhat = _rhat(owner, tree, group)
     for name, found in rhat.items():
         draws = tree[group][name].transpose("chain", "draw", ...).to_numpy()
+        if len(draws) < chains:
+            raise ValueError(f"{owner}: R-hat compares chains and needs at least {chains}, got {len(draws)}.")
         if draws.shape[1] < 4:
             raise ValueError(f"{owner}: R-hat needs at least 4 draws a chain, got {draws.shape[1]}.")
         bad = np.flatnonzero(~np.isfinite(draws).reshape(len(draws), -1).all(1))
@@ -227,14 +254,14 @@ def _finite_rhat(owner: str, tree: DataTree, group: str) -> dict[str, DataArray]
             )
         still = (np.ptp(draws, 1) == 0).all(0)  # of which rounding makes large numbers
         same = np.ptp(draws, (0, 1)) == 0
-        rhat[name] = found.copy(data=np.select([same, still], [np.nan, np.inf], found))
+        rhat[name] = found.copy(data=np.select([same, still], [np.nan, np.inf], found if len(draws) > 1 else 1.0))
     return rhat
 
 
 def _rhat_axis(ax: "Axes", highest: float) -> None:
     """An axis that is logarithmic in the excess over 1, with the usual demands."""
     if not has_line(ax, "_reference"):
-        for level in (1.01, 1.1):
+        for level in RHAT_LEVELS:
             ax.axvline(level, label="_reference", linestyle="--", **REFERENCE)
     end = max(highest * 1.05, 2.0)
     ax.set_xscale("function", functions=(_log_excess, _from_log_excess))

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from numpyro_bdl._arguments import Arguments
 from numpyro_bdl._checks import named_arguments
-from numpyro_bdl.potential import Potential
+from numpyro_bdl.potential import Potential, fixed_shape
 
 AUTO_CHUNK = 1024
 
@@ -35,7 +35,8 @@ class Evaluation:
     :param programs: Compiled programs of evaluations before, to which those of this one are added.
     :param draw_chunk: Draws in a block, at most.
     :param data_chunk: Rows in a block, at most; None for all, or ``"auto"``.
-    :raises ValueError: for a model that can't be cut into this many rows, or arguments that don't fit.
+    :raises ValueError: for a model that can't be cut into this many rows, or arguments at which it fails or a site gets
+        other axes than in the run.
     """
 
     def __init__(
@@ -67,6 +68,14 @@ class Evaluation:
                 f"The model can't be evaluated at these arguments: {differ}. Only the number of rows, the first axis,"
                 " may be another one."
             ) from error
+        of_run = potential.fixed_shapes
+        other = [name for name in names if name in of_run and fixed_shape(frames[name]) != of_run[name]]
+        if other:
+            differ = _differences(potential.model, (args, kwargs), run_arguments) or "look at their shapes"
+            raise ValueError(
+                f"At these arguments site '{other[0]}' has other axes than in the run: {differ}. Only the number of"
+                " rows, the first axis, may be another one."
+            )
         self._plate = plate = potential.data_plate(plates)
         self._axes = {name: _row_axis(frames[name], plate) for name in names}
 
@@ -172,10 +181,15 @@ class _Call:
         key_model, key_site = random.split(key)
         sites = self.potential.run(values, rows, key_model, mutable, args, kwargs)
         outputs = {
-            name: self.extract(name, _get(sites, name), random.fold_in(key_site, n))
-            for n, name in enumerate(self.names)
+            name: self.extract(name, _get(sites, name), random.fold_in(key_site, self._place(name)))
+            for name in self.names
         }
         return outputs, sites
+
+    def _place(self, name: str) -> int:
+        """That among all observed sites, so that the key of a site doesn't depend on which others are asked for."""
+        observed = list(self.potential.observed)
+        return observed.index(name) if name in observed else len(observed) + self.names.index(name)
 
     def over_draws(self, values, mutable, keys, start, rows, arrays) -> dict[str, Any]:
         """The outputs at each draw, (draw, ...), for the rows from ``start`` on."""

@@ -109,7 +109,7 @@ def loss_plane(
     ax = new_axes(ax)
     energy = np.ma.masked_invalid(np.asarray(plane.energy, float).T)  # rows of a picture run along its second axis
     low, high = energy.min(), energy.max()
-    height = high - low or 1e-6 * abs(high) or 1.0
+    height = max(high - low, 1e-6 * abs(high)) or 1.0  # levels must differ in floating point
     levels = low + height * np.linspace(0, 1, _LEVELS) ** 2
     filled = ax.contourf(plane.coordinates, plane.coordinates, energy, levels, cmap="cividis")
     ax.figure.colorbar(filled, ax=ax, label="energy of the data (nats)", format="%.3g")

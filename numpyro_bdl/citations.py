@@ -9,6 +9,7 @@ the class and of its bases.
 
 from typing import Any
 
+from numpyro.contrib.einstein import SteinVI
 from numpyro.infer import MCMC, SVI
 from numpyro.infer.autoguide import AutoGuide
 from numpyro.infer.mcmc import MCMCKernel
@@ -145,6 +146,13 @@ BIBLIOGRAPHY: dict[str, str] = {
   journal = {arXiv preprint arXiv:1206.1901},
   year = {2012},
 }""",
+    "liu2016stein": """@inproceedings{liu2016stein,
+  author = {Liu, Qiang and Wang, Dilin},
+  title = {{Stein} Variational Gradient Descent: A General Purpose {Bayesian} Inference Algorithm},
+  booktitle = {Advances in Neural Information Processing Systems},
+  volume = {29},
+  year = {2016},
+}""",
     "antoran2023sampling": """@inproceedings{antoran2023sampling,
   author = {Antor{\\'a}n, Javier and Padhy, Shreyas and Barbano, Riccardo and Nalisnick, Eric and Janz, David and
             Hern{\\'a}ndez-Lobato, Jos{\\'e} Miguel},
@@ -183,6 +191,7 @@ BY_CLASS: dict[str, tuple[str, ...]] = {
     "DualDescent": ("lin2024stochastic",),
     "NUTS": ("hoffman2014nuts", "neal2012mcmc"),
     "HMC": ("neal2012mcmc",),
+    "SteinVI": ("liu2016stein",),
     # what a kernel may be made with
     "Cyclical": ("zhang2020cyclical",),
     "_RMS": ("li2016preconditioned",),
@@ -199,7 +208,8 @@ def cite(used: Any) -> str:
     The papers are those of the kernel, of the kernel inside it, of its cyclical schedule, of its preconditioner, and of
     the solver of a guide. A kernel or guide that is not known here is named in a comment: cite its own paper.
 
-    :param used: A kernel, an AutoGuide, or a run: :class:`numpyro.infer.MCMC` or :class:`numpyro.infer.SVI`.
+    :param used: A kernel, an AutoGuide, or a run: :class:`numpyro.infer.MCMC`, :class:`numpyro.infer.SVI` or a
+        SteinVI, whose method of particles is cited with its guide.
     :return: BibTeX entries. For numbers by ArviZ, its entry is among them.
     :raises TypeError: for anything else.
 
@@ -216,16 +226,18 @@ def cite(used: Any) -> str:
     """
     if isinstance(used, MCMC):
         method = used.sampler
-    elif isinstance(used, SVI):
+    elif isinstance(used, (SVI, SteinVI)):
         method = used.guide
     else:
         method = used
     if not isinstance(method, (MCMCKernel, AutoGuide)):
         raise TypeError(
-            f"cite needs a kernel, an AutoGuide, or an MCMC or SVI object, got {_named(method)}"
+            f"cite needs a kernel, an AutoGuide, or an MCMC, SVI or SteinVI object, got {_named(method)}"
             + ("; hand in an object of the class." if isinstance(method, type) else ".")
         )
     keys, unknown = _keys(method)
+    if isinstance(used, SteinVI):
+        keys = [*(_papers(used) or ()), *keys]
     comments = [f"% {name} has no entry here: cite its own paper." for name in unknown]
     entries = [BIBLIOGRAPHY[key] for key in dict.fromkeys([*keys, "numpyro_bdl", *_SOFTWARE])]
     return "\n\n".join([*comments, *entries])

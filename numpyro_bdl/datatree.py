@@ -53,7 +53,7 @@ def to_datatree(
 
     The units of a layer are the dimensions ``<layer>_in`` and ``<layer>_out``, which its kernel and its bias share, as
     ``net.Dense_0_out``; rows and latent sites in plates have the plates' names, and ``infer={"event_dims": [...]}``
-    names the other axes of a site.
+    names the other axes of a site. If a site has the name of a dimension, the latter gets ``_axis`` behind it.
 
     The particles of an ensemble are its chains; if the run kept only their last positions (``num_samples=1``), they are
     the draws of one chain. Floats keep the precision of the run: float32, unless JAX computes in x64.
@@ -80,8 +80,8 @@ def to_datatree(
     :return: A DataTree that can be written to NetCDF and Zarr. Its attributes tell the kernel, its temperature if it is
         fixed, whether chains shared their minibatches, the weights ``kl`` and ``mmd`` of an ensemble, and which chains
         turned bad at which step; or the guide.
-    :raises ValueError: for a run without draws, dims and coords that don't fit, or what
-        :class:`~numpyro_bdl.PosteriorPredictive` refuses.
+    :raises ValueError: for a run without draws, dims and coords that don't fit, a site named ``chain`` or ``draw``, or
+        what :class:`~numpyro_bdl.PosteriorPredictive` refuses.
     :warns UserWarning: for chains whose functions hardly differ from draw to draw, as of
         :func:`~numpyro_bdl.diagnostics.function_spread`, and chains with a gradient that was not finite.
 
@@ -165,6 +165,17 @@ def _functions(predictive: PosteriorPredictive, probe: tuple | None, sites, mode
 
 def _datasets(groups: dict[str, Group], dims: Mapping, coords: Mapping) -> dict[str, Dataset]:
     """The groups that hold anything, with the user's names of dimensions and labels over ours."""
+    for name, names in dims.items():
+        if isinstance(names, str) or not all(isinstance(dim, str) for dim in names):
+            raise ValueError(
+                f"to_datatree: dims['{name}'] must be a list of names, one for each axis after chain and draw, got"
+                f" {names!r}."
+            )
+        if {"chain", "draw"} & set(names):
+            raise ValueError(
+                f"to_datatree: dims['{name}'] must name the axes after chain and draw, which are there already, got"
+                f" {list(names)}."
+            )
     dims = {_tree_name(name): list(names) for name, names in dims.items()}
     coords = {_tree_name(name): np.asarray(labels) for name, labels in coords.items()}
     datasets = {
@@ -178,7 +189,14 @@ def _datasets(groups: dict[str, Group], dims: Mapping, coords: Mapping) -> dict[
         raise ValueError(
             f"to_datatree: dims names '{unknown[0]}', which is not in the tree; it has: {', '.join(sorted(sites))}."
         )
-    sizes = {str(dim): size for dataset in datasets.values() for dim, size in dataset.sizes.items()}
+    sizes: dict[str, int] = {}
+    for group, dataset in datasets.items():
+        for dim, size in dataset.sizes.items():
+            if sizes.setdefault(str(dim), size) != size and dim in coords:
+                raise ValueError(
+                    f"to_datatree: coords['{dim}'] can't label a dimension that is of {sizes[str(dim)]} places in one"
+                    f" group and of {size} in '{group}'; name one of them otherwise by dims."
+                )
     for dim, labels in coords.items():
         if dim not in sizes:
             raise ValueError(
@@ -203,7 +221,17 @@ def _dataset(group: Group, given: dict[str, list], batch_only: bool) -> Dataset:
     dims: dict = {_tree_name(name): [dim and _tree_name(dim) for dim in names] for name, names in group.dims.items()}
     dims |= {name: names for name, names in given.items() if name in data}
     used = {dim for name in data for dim in dims.get(name, ())}
+    for what, names in (("site", data), ("plate", used)):
+        for name in ("chain", "draw"):
+            if name in names:
+                raise ValueError(
+                    f"to_datatree: a {what} is named '{name}', as an axis of the tree is; rename it in the model."
+                )
     coords: dict = {_tree_name(dim): labels for dim, labels in group.coords.items() if _tree_name(dim) in used}
+    # of a variable with the name of a dimension xarray makes labels
+    other = {dim: f"{dim}_axis" for dim in used if dim in data}
+    dims = {name: [other.get(dim, dim) for dim in names] for name, names in dims.items()}
+    coords = {other.get(dim, dim): labels for dim, labels in coords.items()}
     return dict_to_dataset(data, dims=dims, coords=coords, sample_dims=group.sample_dims, skip_event_dims=batch_only)
 
 

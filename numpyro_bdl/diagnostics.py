@@ -48,6 +48,9 @@ from numpyro_bdl._step_bias import StepBias as StepBias
 from numpyro_bdl._step_bias import half_step as half_step
 from numpyro_bdl._step_bias import step_bias as step_bias
 
+RHAT_LEVELS = (1.01, 1.1)
+"""R-hat that is usually asked for, and above which chains have not mixed."""
+
 
 def chainwise_rhat(
     data: Any, *, segments: int = 4, group: str = "posterior"
@@ -164,7 +167,7 @@ class FunctionSummary(NamedTuple):
     """smallest :func:`function_spread` of a chain, of all values together"""
 
 
-def function_summary(data: Any, *, threshold: float = 1.1, segments: int = 4) -> FunctionSummary:
+def function_summary(data: Any, *, threshold: float = RHAT_LEVELS[1], segments: int = 4) -> FunctionSummary:
     """R-hat and ESS of the functions of a run, between chains and within each.
 
     If R-hat is large while :func:`chainwise_rhat` is about 1, the chains are stationary and in different functional

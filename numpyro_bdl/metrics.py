@@ -106,6 +106,7 @@ def joint_log_predictive_density(log_likelihood: Float[ArrayLike, "chain draw ro
 
     :param log_likelihood: (chain, draw, row), as of :meth:`numpyro_bdl.PosteriorPredictive.log_likelihood`.
     :return: Natural logarithm.
+    :raises ValueError: for other shapes, NaN and plus infinity.
 
     **Example**
 
@@ -120,6 +121,8 @@ def joint_log_predictive_density(log_likelihood: Float[ArrayLike, "chain draw ro
         0.25
     """
     draws = pooled("joint_log_predictive_density", "log_likelihood", log_likelihood, infinite=True)
+    if np.isposinf(draws).any():
+        raise ValueError("joint_log_predictive_density: log_likelihood is plus infinity somewhere; is a scale 0?")
     return float(logsumexp(draws.reshape(len(draws), -1).sum(-1)) - np.log(len(draws)))
 
 

@@ -29,6 +29,10 @@ _LOCATION = (
 )
 
 
+NUMBERS = (*_LOCATION, dist.Poisson)
+"""Laws of numbers whose natural parameter is known."""
+
+
 def without_wrappers(law: dist.Distribution) -> dist.Distribution:
     """The distribution inside of ``to_event``, ``expand`` and ``mask``."""
     while isinstance(law, (dist.Independent, dist.ExpandedDistribution, dist.MaskedDistribution)):

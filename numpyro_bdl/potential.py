@@ -21,6 +21,7 @@ import re
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
+from itertools import zip_longest
 from typing import Any, NamedTuple
 
 import jax
@@ -39,6 +40,7 @@ from numpyro_bdl._checks import (
     check_batch_size_is_used,
     check_finite_data,
     check_latent,
+    check_observation,
     check_rows,
     check_subsample_size,
     named_arguments,
@@ -169,6 +171,7 @@ class Potential:
         for name, site in samples.items():
             if site["is_observed"] and not site["infer"].get("is_auxiliary", False):
                 check_rows(name, site)
+                check_observation(name, site)
         if not latent:
             raise ValueError("The model has no latent site: there is nothing to sample.")
         self.latent: tuple[str, ...] = tuple(latent)
@@ -184,6 +187,10 @@ class Potential:
             if site["type"] in ("sample", "deterministic")
         }
         """The plates of each site's batch dimensions, as of :attr:`observed`, and its ``infer["event_dims"]``."""
+        self.fixed_shapes: dict[str, tuple[int, ...]] = {
+            k: fixed_shape(site) for k, site in sites.items() if site["type"] in ("sample", "deterministic")
+        }
+        """What of each site's shape is the same for any number of rows, as of :func:`fixed_shape`."""
         self._log_det = tuple(f"_{name}_log_det" for name in latent)
 
         supports = {k: site["fn"].support for k, site in latent.items()}
@@ -499,6 +506,16 @@ def _plates_by_axis(site: dict) -> tuple[str | None, ...]:
     # a deterministic site doesn't tell which of its axes are events
     depth = len(site["fn"].batch_shape) if site["type"] == "sample" else -min(plates, default=0)
     return tuple(plates.get(dim) for dim in range(-depth, 0))
+
+
+def fixed_shape(site: dict) -> tuple[int, ...]:
+    """How many axes a site has, then the sizes of those in no plate; only how many, where rows may be in no plate."""
+    if site["type"] == "deterministic":
+        return (jnp.ndim(site["value"]),)
+    shape, plates = site["fn"].shape(), _plates_by_axis(site)
+    if not any(plates):
+        return (len(shape),)
+    return len(shape), *(size for size, plate in zip_longest(shape, plates) if plate is None)
 
 
 def _network_site(param_site: str, path: tuple, latent: tuple[str, ...]) -> str | None:

@@ -91,16 +91,18 @@ class PosteriorPredictive:
             )
         draws = jax.tree.map(np.asarray, ({site: values[site] for site in self.potential.latent}, mutable))
         count = len(jax.tree.leaves(draws)[0])
-        self._chains = tuple(range(count)) if chains is None else tuple(chains)
-        if not self._chains or not set(self._chains) <= set(range(count)):
-            raise ValueError(f"PosteriorPredictive: chains must be some of 0 to {count - 1}, got {chains!r}.")
+        self._chains = tuple(range(count)) if chains is None else _chosen(chains, count)
         if chains is not None:
             draws = jax.tree.map(lambda w: w[list(self._chains)], draws)
         self.batch_shape: tuple[int, int] = jax.tree.leaves(draws)[0].shape[:2]
         """Chains and draws."""
         self._draws = jax.tree.map(lambda w: w.reshape(-1, *w.shape[2:]), draws)
-        self._draw_chunk, self._data_chunk, self._progress_bar = draw_chunk, data_chunk, progress_bar
+        self._draw_chunk, self._progress_bar = int(draw_chunk), progress_bar
+        self._data_chunk = data_chunk if data_chunk in (None, "auto") else int(data_chunk)
         self._programs: dict = {}
+
+    def __getstate__(self):
+        return self.__dict__ | {"_programs": {}}  # compiled
 
     def functions(self, *args, sites: tuple[str, ...] | None = None, **kwargs) -> dict[str, np.ndarray]:
         """The function of the model at its observed sites: logits, locations or log rates.
@@ -193,7 +195,7 @@ class PosteriorPredictive:
     def _check_draws(self) -> None:
         """Refuse draws that are not finite, of which a mixture would be NaN for every row."""
         leaves = [w for w in jax.tree.leaves(self._draws) if jnp.issubdtype(w.dtype, jnp.inexact)]
-        draws = range(len(leaves[0]))
+        draws = range(len(jax.tree.leaves(self._draws)[0]))
         bad = [n for n in draws if not all(np.isfinite(w[n]).all() for w in leaves)]
         if bad:
             chains = sorted({self._chains[n // self.batch_shape[1]] for n in bad})
@@ -275,6 +277,17 @@ class PosteriorPredictive:
         if args or any(hasattr(leaf, "shape") for leaf in jax.tree.leaves(kwargs)):
             return args, kwargs
         return run_args, run_kwargs | kwargs
+
+
+def _chosen(chains: Sequence[int], count: int) -> tuple[int, ...]:
+    chosen = np.asarray(chains)
+    whole = chosen.ndim == 1 and chosen.dtype.kind in "iu" and len(chosen) and len(set(chosen.tolist())) == len(chosen)
+    if not whole or chosen.min() < 0 or chosen.max() >= count:
+        raise ValueError(
+            f"PosteriorPredictive: chains must be some of 0 to {count - 1}, got {chains!r}; hand in different integers,"
+            " as in [0]."
+        )
+    return tuple(chosen.tolist())
 
 
 # ---- what is taken from a site ------------------------------------------------------------------------------------

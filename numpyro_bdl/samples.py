@@ -3,6 +3,7 @@
 
 """Draws from elsewhere, with their model and its data: of a dict, a DataTree, SVI or SteinVI."""
 
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -35,7 +36,7 @@ class Samples:
         ``result.params | result.state.mutable_state``. They are the same for all draws.
     :param frozen: Patterns of parameters without a prior that keep their first value, as of a kernel.
     :param markov: Whether the draws of a chain follow each other.
-    :param attributes: What a tree is to tell of their origin.
+    :param attributes: What a tree is to tell of their origin; chains with draws that are not finite are added.
     :raises ValueError: for sites that are missing or have other shapes, chains or draws than the rest, missing mutable
         collections, or what :class:`~numpyro_bdl.potential.Potential` refuses.
 
@@ -82,6 +83,7 @@ class Samples:
         shapes = self._shapes()
         self._check_shapes(found, shapes)
         self._draws = {name: value for name, value in found.items() if name in shapes or name not in names.values()}
+        self._attributes |= self._bad_chains()
 
     @classmethod
     def from_svi(
@@ -127,6 +129,8 @@ class Samples:
             (1, 200, 30)
         """
         check_integer("Samples.from_svi", "num_samples", num_samples)
+        _check_kind("from_svi", svi, SVI, "from_stein")
+        _check_params("from_svi", params, svi.guide)
         kwargs = svi.static_kwargs | dict(model_kwargs or {})
         draws = _of_guide(rng_key, svi.guide, params, num_samples, model_args, kwargs)
         return cls(
@@ -168,8 +172,10 @@ class Samples:
         :raises ValueError: if the SteinVI object has not run, or its guide has no value for a latent site of the model.
         """
         check_integer("Samples.from_stein", "draws_per_particle", draws_per_particle)
+        _check_kind("from_stein", stein, SteinVI, "from_svi")
         if stein.guide_sites is None:
             raise ValueError("Samples.from_stein: the SteinVI object has no particles yet; run it first.")
+        _check_params("from_stein", params, stein.guide)
         kwargs = stein.static_kwargs | dict(model_kwargs or {})
         moving = {
             name: value
@@ -208,6 +214,21 @@ class Samples:
         """What a tree tells of their origin."""
         return self._attributes
 
+    def _bad_chains(self) -> dict[str, list[int]]:
+        """Chains with latent values that are not finite, each with the first such draw, of which a warning tells."""
+        latent = [self._draws[name] for name in self.potential.latent]
+        finite = np.all([np.isfinite(value).all(tuple(range(2, value.ndim))) for value in latent], 0)
+        if finite.all():
+            return {}
+        chains = np.flatnonzero(~finite.all(1))
+        draws = np.argmin(finite[chains], 1)
+        warnings.warn(
+            f"Samples: the chains {chains.tolist()} have draws that are NaN or infinite, the first at the draws"
+            f" {draws.tolist()}; leave these chains out.",
+            stacklevel=3,
+        )
+        return {"bad_chains": chains.tolist(), "first_bad_draws": draws.tolist()}
+
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of latent and deterministic sites."""
         position, _ = jax.eval_shape(self.potential.initial, random.key(0))
@@ -228,6 +249,26 @@ class Samples:
                     f"Samples: the draws of '{name}' must have shape ({axes}), got {found}; value[None] adds an axis of"
                     " chains."
                 )
+
+
+def _check_kind(method: str, given: Any, kind: type, other: str) -> None:
+    if not isinstance(given, kind):
+        known = isinstance(given, (SVI, SteinVI))
+        name = f"the class {given.__name__}" if isinstance(given, type) else f"an object of {type(given).__name__}"
+        raise TypeError(
+            f"Samples.{method} needs an object of {kind.__name__}, got {name}"
+            + (f", which Samples.{other} takes." if known else ".")
+        )
+
+
+def _check_params(method: str, params: Any, guide: Any) -> None:
+    if isinstance(guide, AutoGuide) and isinstance(params, Mapping) and not params:
+        raise ValueError(f"Samples.{method}: params is empty; hand in what was trained, as result.params.")
+    if not isinstance(params, Mapping):
+        raise TypeError(
+            f"Samples.{method}: params must be a mapping of what was trained, as result.params, got an object of"
+            f" {type(params).__name__}."
+        )
 
 
 def _of_guide(key: Array, guide: Callable, params: Mapping, count: int, args: tuple, kwargs: dict) -> dict[str, Array]:

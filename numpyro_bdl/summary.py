@@ -18,8 +18,9 @@ from jax import Array
 from jaxtyping import Float
 
 from numpyro_bdl._accumulators import Classes, LogMeanExp, Mean, Moments, Values, entropy
+from numpyro_bdl._checks import check_observation
 from numpyro_bdl._evaluation import Evaluation
-from numpyro_bdl.natural_parameter import natural_parameter, without_wrappers
+from numpyro_bdl.natural_parameter import NUMBERS, natural_parameter, without_wrappers
 
 
 class NumberSummary(NamedTuple):
@@ -77,6 +78,8 @@ def law(name: str, site: dict, key: Array) -> dict[str, Array]:
                 f"summary: NumPyro knows no mean and variance of the observed site '{name}', a {type(base).__name__};"
                 " name the other sites, as in sites=('y',), or take log_likelihood and sample for this one."
             ) from None
+        if isinstance(base, NUMBERS):  # a mean is NaN of a Cauchy too
+            parts["undefined"] = jnp.isnan(natural_parameter(name, site)) | jnp.isnan(getattr(base, "scale", 0.0))
         parts = {k: jnp.broadcast_to(value, fn.shape()) for k, value in parts.items()}
     return parts | ({"log_density": log_density(name, site)} if site["is_observed"] else {})
 
@@ -91,13 +94,8 @@ def log_density(name: str, site: dict) -> Array:
 
     :raises ValueError: for an observation that is paired with the elements of the site each with each.
     """
-    value = site["fn"].log_prob(site["value"])
-    if site["cond_indep_stack"] and value.shape != site["fn"].batch_shape:
-        raise ValueError(
-            f"The observation at site '{name}' has shape {jnp.shape(site['value'])}, but its law is of"
-            f" {site['fn'].shape()}; reshape it, since each would be paired with each."
-        )
-    return value
+    check_observation(name, site)
+    return site["fn"].log_prob(site["value"])
 
 
 # ---- over draws -----------------------------------------------------------------------------------------------------
@@ -126,7 +124,8 @@ def accumulate(
     for name, (draws, *rows), block in evaluation.blocks(draws_first=not len(quantiles), progress_bar=progress_bar):
         start = rows[0].start if rows else 0
         _check(name, block, draws.start, start, place)
-        accumulators = running.setdefault((name, start), {part: _ACCUMULATORS[part]() for part in block})
+        parts = block.keys() & _ACCUMULATORS.keys()
+        accumulators = running.setdefault((name, start), {part: _ACCUMULATORS[part]() for part in parts})
         for part, accumulator in accumulators.items():
             accumulator.add(block[part])
         if draws.stop == evaluation.num_draws:
@@ -141,6 +140,10 @@ def _check(name: str, block: dict, draw: int, row: int, place: Callable[[int], s
         bad["logits"] = ~np.isfinite(block["logits"].max(-1))
     if "log_density" in block:
         bad["log likelihood"] = np.isnan(block["log_density"]) | np.isposinf(block["log_density"])
+    if "undefined" in block:
+        bad["location or scale"] = block["undefined"]
+    if "new_data" in block:
+        bad["new value"] = np.isnan(block["new_data"])
     for what, where in bad.items():
         if where.any():
             d, *r = np.argwhere(where)[0].tolist()

@@ -11,6 +11,7 @@ import numpyro.distributions as dist
 import optax
 import pytest
 from jax import random
+from numpyro.contrib.einstein import SVGD, RBFKernel, SteinVI
 from numpyro.infer import HMC, MCMC, NUTS, SVI, BarkerMH, HMCGibbs, Trace_ELBO
 from numpyro.infer.autoguide import AutoNormal
 
@@ -103,6 +104,20 @@ def test_what_is_not_known_is_said():
     assert "% BarkerMH has no entry here" in cite(bdl.SymmetryRestricted(BarkerMH(model)))
 
 
+def test_stein_cites_its_particles_and_its_guide():
+    def make(guide):
+        return SteinVI(model, guide, numpyro.optim.Adam(0.1), RBFKernel(), num_stein_particles=2)
+
+    text = cite(make(AutoNormal(model)))
+    assert keys(text) == ["liu2016stein", *SOFTWARE]
+    assert "% AutoNormal has no entry here" in text
+    assert keys(cite(make(bdl.AutoLinearizedLaplace(model, solver="dual"))))[:2] == [
+        "liu2016stein",
+        "antoran2023sampling",
+    ]
+    assert keys(cite(SVGD(model, numpyro.optim.Adam(0.1), RBFKernel(), num_stein_particles=2)))[0] == "liu2016stein"
+
+
 @pytest.mark.parametrize(
     ("thing", "text"),
     [
@@ -114,5 +129,7 @@ def test_what_is_not_known_is_said():
     ],
 )
 def test_anything_else_is_refused(thing, text):
-    with pytest.raises(TypeError, match=f"cite needs a kernel, an AutoGuide, or an MCMC or SVI object, {text}"):
+    with pytest.raises(
+        TypeError, match=f"cite needs a kernel, an AutoGuide, or an MCMC, SVI or SteinVI object, {text}"
+    ):
         cite(thing)

@@ -356,3 +356,60 @@ def test_a_model_that_takes_no_rows_through_its_plate():
     expected = mcmc.get_samples()["w"][:, None] * x[rows]
     np.testing.assert_allclose(tree["functions"]["y"].values[0], expected, rtol=1e-5)
     assert tree["log_likelihood"]["y"].shape == (1, 3, 2000)
+
+
+# ---- names ----------------------------------------------------------------------------------------------------
+
+
+def named(site="y", plate="data", twice=False):
+    """Samples of a model of two outputs, or one, whose site and plate have these names."""
+
+    def model(y):
+        mu = numpyro.sample("mu", dist.Normal())
+        with numpyro.plate(plate, len(y)):
+            law = dist.Normal(mu * jnp.ones((len(y), 2)), 1).to_event(1) if twice else dist.Normal(mu, 1)
+            numpyro.sample(site, law, obs=y)
+
+    draws = {"mu": np.linspace(0, 1, 10, dtype=np.float32).reshape(2, 5)}
+    return bdl.Samples(model, draws, (jnp.ones((4, 2) if twice else 4),))
+
+
+@pytest.mark.parametrize(
+    ("site", "plate", "twice"),
+    [("output", "data", True), ("point", "data", False), ("y", "point", False)],
+)
+def test_a_site_with_the_name_of_a_dimension_is_kept(site, plate, twice):
+    tree = bdl.to_datatree(named(site, plate, twice), log_likelihood=True, posterior_predictive=True)
+    assert tree["functions"].data_vars[site].shape == (2, 5, 4, 2)[: 3 + twice]
+    assert tree["log_likelihood"].data_vars[site].shape == (2, 5, 4)
+    assert tree["posterior_predictive"].data_vars[site].shape == (2, 5, 4, 2)[: 3 + twice]
+    assert tree["observed_data"].data_vars[site].shape == (4, 2)[: 1 + twice]
+
+
+@pytest.mark.parametrize("site", ["draw", "chain"])
+def test_a_site_named_as_chain_or_draw_is_refused(site):
+    with pytest.raises(ValueError, match=f"a site is named '{site}', as an axis of the tree is; rename it"):
+        bdl.to_datatree(named(site))
+
+
+@pytest.mark.parametrize("plate", ["draw", "chain"])
+def test_a_plate_named_as_chain_or_draw_is_refused(plate):
+    with pytest.raises(ValueError, match=f"a plate is named '{plate}', as an axis of the tree is; rename it"):
+        bdl.to_datatree(named(plate=plate), log_likelihood=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"dims": {"y": "abc"}}, r"dims\['y'\] must be a list of names, .* got 'abc'"),
+        (
+            {"dims": {"y": ["chain"]}},
+            r"must name the axes after chain and draw, which are there .*, got \['chain'\]",
+        ),
+        ({"dims": {"y": [1]}}, r"must be a list of names, .* got \[1\]"),
+        ({"coords": {"point": range(4)}, "dims": {"y": ["point"]}}, r"coords\['point'\] can't label a dimension"),
+    ],
+)
+def test_dims_and_coords_that_do_not_fit_are_refused(options, text):
+    with pytest.raises(ValueError, match=text):
+        bdl.to_datatree(named(), probe=(jnp.ones(3),), log_likelihood=True, **options)

@@ -647,3 +647,8 @@ def test_probit_probabilities_against_the_integral():
     np.testing.assert_allclose(metrics.probit_probabilities(certain), metrics.mean_probabilities(certain), rtol=1e-12)
     with pytest.raises(ValueError, match="probit_probabilities: logits has 1 NaN or infinite"):
         metrics.probit_probabilities(np.array([[[[0.0, -np.inf]]]]))
+
+
+def test_a_joint_density_of_plus_infinity_is_refused():
+    with pytest.raises(ValueError, match="log_likelihood is plus infinity somewhere"):
+        metrics.joint_log_predictive_density([[[0.0, np.inf]]])

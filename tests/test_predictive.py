@@ -1,6 +1,8 @@
 # Copyright Contributors to the numpyro_bdl project.
 # SPDX-License-Identifier: Apache-2.0
 
+import pickle
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -486,3 +488,63 @@ def test_log_likelihood_without_an_observation_is_refused(classified):
 def test_bad_test_data_are_refused(classified):
     with pytest.raises(ValueError, match=r"argument 'x' has 1 NaN or infinite entries, the first at index \(3, 1\)"):
         bdl.PosteriorPredictive(classified).functions(X_NEW.at[3, 1].set(jnp.nan))
+
+
+# ---- arguments, keys and pickles --------------------------------------------------------------------------------
+
+
+def two_normals(x, y=None, z=None):
+    slope = numpyro.sample("slope", dist.Normal())
+    with numpyro.plate("data", len(x)):
+        xb = numpyro.subsample(x, event_dim=0)
+        yb, zb = (None if v is None else numpyro.subsample(v, event_dim=0) for v in (y, z))
+        numpyro.sample("y", dist.Normal(slope * xb, 1), obs=yb)
+        numpyro.sample("z", dist.Normal(slope * xb, 1), obs=zb)
+
+
+def of_two(x=X[:6, 0], dtype=np.float32, **options):
+    draws = {"slope": np.arange(6).reshape(2, 3).astype(dtype)}
+    return bdl.PosteriorPredictive(bdl.Samples(two_normals, draws, (x, x, x)), progress_bar=False, **options)
+
+
+def test_new_values_differ_between_chunks_of_rows():
+    sampled = of_two(jnp.ones(4), data_chunk=2).sample(random.key(1))["y"]
+    assert np.all(sampled[..., 0] != sampled[..., 2])
+
+
+def test_new_values_of_a_site_are_the_same_whichever_sites_are_asked_for():
+    predictive = of_two()
+    sampled = predictive.sample(random.key(1))
+    assert np.all(sampled["y"] != sampled["z"])
+    for name in ("y", "z"):
+        found = predictive.summary(sites=(name,), quantiles=(0.5,), rng_key=random.key(1))[name]
+        expected = np.median(sampled[name].reshape(6, -1).astype(float), 0)
+        np.testing.assert_allclose(found.quantiles[:, 0], expected, rtol=1e-6)
+
+
+def test_a_chunk_may_be_an_integer_of_numpy():
+    def uncut(y):
+        mu = numpyro.sample("mu", dist.Normal())
+        with numpyro.plate("data", 4):
+            numpyro.sample("y", dist.Normal(mu * jnp.ones(4), 1), obs=y)
+
+    samples = bdl.Samples(uncut, {"mu": np.zeros((1, 2))}, (jnp.ones(4),))
+    with pytest.raises(ValueError, match="can't be cut into 2 of the 4 rows"):
+        bdl.PosteriorPredictive(samples, data_chunk=np.int64(2), draw_chunk=np.int64(1)).functions()
+
+
+def test_draws_may_be_integers():
+    assert of_two(dtype=int).summary()["y"].mean.shape == (6,)
+
+
+@pytest.mark.parametrize("chains", [0, [True], [0.0], [0, 0], "0", [[0]], [2]])
+def test_chains_must_be_different_integers(chains):
+    with pytest.raises(ValueError, match="chains must be some of 0 to 1, got .* different integers"):
+        of_two(chains=chains)
+
+
+def test_it_can_be_pickled_after_a_call():
+    predictive = of_two()
+    expected = predictive.functions()["y"]
+    # the model is a function of this file
+    np.testing.assert_array_equal(pickle.loads(pickle.dumps(predictive)).functions()["y"], expected)

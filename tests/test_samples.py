@@ -237,3 +237,36 @@ def test_samples_are_what_jax_made():
         x = np.asarray(X, np.float64)
         tree = bdl.to_datatree(bdl.Samples(classifier, draws, (x, LABELS)))
         assert tree["posterior"]["scale"].dtype == tree["functions"]["y"].dtype == np.float64
+
+
+def test_what_is_not_svi_or_stein_is_refused_by_name():
+    svi = SVI(normal, AutoNormal(normal), numpyro.optim.Adam(0.1), Trace_ELBO())
+    result = svi.run(random.key(0), 2, Y, progress_bar=False)
+    stein = SteinVI(normal, AutoNormal(normal), numpyro.optim.Adam(0.1), RBFKernel(), num_stein_particles=2)
+    with pytest.raises(
+        TypeError, match="from_svi needs an object of SVI, got an object of SteinVI, which Samples.from_s"
+    ):
+        bdl.Samples.from_svi(random.key(1), stein, result.params, (Y,))
+    with pytest.raises(
+        TypeError, match="needs an object of SteinVI, got an object of SVI, which Samples.from_svi takes"
+    ):
+        bdl.Samples.from_stein(random.key(1), svi, result.params, (Y,))
+    with pytest.raises(TypeError, match=r"from_svi needs an object of SVI, got the class SVI\."):
+        bdl.Samples.from_svi(random.key(1), SVI, result.params, (Y,))
+    with pytest.raises(TypeError, match="params must be a mapping of what was trained, as result.params, got"):
+        bdl.Samples.from_svi(random.key(1), svi, result, (Y,))
+    with pytest.raises(ValueError, match="params is empty; hand in what was trained"):
+        bdl.Samples.from_svi(random.key(1), svi, {}, (Y,))
+
+
+def test_chains_with_draws_that_are_not_finite_are_told():
+    def model(y):
+        mu = numpyro.sample("mu", dist.Normal())
+        with numpyro.plate("data", len(y)):
+            numpyro.sample("y", dist.Normal(mu, 1), obs=y)
+
+    draws = np.arange(15.0).reshape(3, 5)
+    draws[1, 2:], draws[2, 4] = np.nan, np.inf
+    with pytest.warns(UserWarning, match=r"chains \[1, 2\] have draws that are NaN or infinite, .* draws \[2, 4\]"):
+        samples = bdl.Samples(model, {"mu": draws}, (Y,), attributes={"source": "file"})
+    assert samples.attributes() == {"source": "file", "bad_chains": [1, 2], "first_bad_draws": [2, 4]}

@@ -485,3 +485,64 @@ def test_a_law_whose_mean_is_not_known_is_refused():
     predictive = bdl.PosteriorPredictive(run(single(law, 0.5)))
     with pytest.raises(ValueError, match="no mean and variance of the observed site 'y', a TransformedDistribution"):
         predictive.summary()
+
+
+# ---- shapes that pair each with each --------------------------------------------------------------------------
+
+
+def head(x, y=None):
+    """One number for each row, but (row, 1) if x is."""
+    w = numpyro.sample("w", dist.Normal())
+    with numpyro.plate("data", len(x)):
+        numpyro.sample("y", dist.Normal(w * x, 1), obs=y)
+
+
+def test_a_network_head_of_one_column_is_refused_before_a_run():
+    text = r"observation at site 'y' has shape \(25,\), but its law is of \(25, 25\); reshape one"
+    with pytest.raises(ValueError, match=text):
+        run(head, X[:, :1], TARGETS[:, 0])
+    with pytest.raises(ValueError, match=text):
+        bdl.Samples(head, {"w": np.zeros((1, 2))}, (X[:, :1], TARGETS[:, 0]))
+
+
+def test_one_number_may_be_observed_at_every_row():
+    found = bdl.PosteriorPredictive(bdl.Samples(head, {"w": np.zeros((1, 2))}, (X[:, 0], 0.0))).log_likelihood()
+    np.testing.assert_allclose(found["y"], stats.norm.logpdf(0) * np.ones((1, 2, ROWS)), rtol=1e-6)
+
+
+def test_a_law_with_more_axes_than_in_the_run_is_refused():
+    predictive = bdl.PosteriorPredictive(bdl.Samples(head, {"w": np.zeros((1, 2))}, (X[:, 0], TARGETS[:, 0])))
+    text = r"site 'y' has other axes than in the run: 'x' has shape \(5, 1\), in the run \(25,\)"
+    for method in (predictive.summary, predictive.functions):
+        with pytest.raises(ValueError, match=text):
+            method(X[:5, :1])
+    assert predictive.functions(X[:5, 0])["y"].shape == (1, 2, 5)
+
+
+def test_a_law_with_other_outputs_than_in_the_run_is_refused():
+    def outputs(x, y=None):
+        w = numpyro.sample("w", dist.Normal())
+        with numpyro.plate("data", len(x)):
+            numpyro.sample("y", dist.Normal(w * x, 1).to_event(1), obs=y)
+
+    predictive = bdl.PosteriorPredictive(bdl.Samples(outputs, {"w": np.zeros((1, 2))}, (X, TARGETS)))
+    with pytest.raises(ValueError, match="site 'y' has other axes than in the run"):
+        predictive.summary(X[:, :1])
+
+
+# ---- predictions that are NaN -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"quantiles": (0.5,), "rng_key": KEY}])
+@pytest.mark.parametrize("where", ["location", "scale"])
+def test_predictions_that_are_nan_are_refused_without_an_observation(options, where):
+    def model(x, y=None):
+        a = numpyro.sample("a", dist.Normal())
+        zero = jnp.exp(200 * a) * x * 0
+        with numpyro.plate("data", len(x)):
+            law = dist.Normal(zero, 1) if where == "location" else dist.Cauchy(0, 1 + zero)
+            numpyro.sample("y", law, obs=y)
+
+    predictive = bdl.PosteriorPredictive(bdl.Samples(model, {"a": np.array([[0.0, 1.0]])}, (jnp.zeros(3), jnp.ones(3))))
+    with pytest.raises(ValueError, match="location or scale of site 'y' at chain 0, draw 1, row 0 is NaN or infinite"):
+        predictive.summary(jnp.ones(3), **options)

@@ -9,6 +9,7 @@ r"""Kernel, its scales and the noise, by the marginal likelihood of subsets of t
         - \tfrac{|S|}{2} \log 2 \pi .
 """
 
+import warnings
 from functools import partial
 from typing import NamedTuple
 
@@ -25,8 +26,6 @@ from numpyro_bdl.gp.kernels import Kernel
 from numpyro_bdl.gp.posterior import check_inputs, check_kernel
 from numpyro_bdl.linear.observations import as_key, check_noise, check_observed
 
-_JITTER = 1e-6  # of the variance, for rounding alone
-
 
 class Hyperparameters(NamedTuple):
     """What was found."""
@@ -41,10 +40,13 @@ class Hyperparameters(NamedTuple):
 def log_evidence(kernel: Kernel, noise: float | Array, x: Array, y: Array) -> Array:
     """The log marginal likelihood of all rows, by a Cholesky decomposition.
 
+    To the diagonal it adds what rounding takes, the number of rows times the variance times the machine's epsilon.
+
     :param x: Inputs, (row, D).
     :param y: Observations, (row,).
     """
-    covariance = kernel(x, x) + (noise**2 + _JITTER * kernel.variance) * jnp.eye(len(x), dtype=x.dtype)
+    rounding = len(x) * jnp.finfo(x.dtype).eps * kernel.variance
+    covariance = kernel(x, x) + (noise**2 + rounding) * jnp.eye(len(x), dtype=x.dtype)
     return dist.MultivariateNormal(jnp.zeros(len(x), x.dtype), scale_tril=jnp.linalg.cholesky(covariance)).log_prob(y)
 
 
@@ -75,6 +77,7 @@ def fit_hyperparameters(
     :param progress_bar: Show one.
     :return: Kernel, noise, and the marginal likelihood along the way.
     :raises ValueError: as :func:`gp_posterior_samples`, and for more subsets than there are rows.
+    :warns UserWarning: where the marginal likelihood stops to be finite, which ends the descent.
 
     **Example**
 
@@ -107,7 +110,15 @@ def fit_hyperparameters(
     state, found = (start, optimizer.init(start)), []
     with tqdm(total=num_steps, disable=not progress_bar, desc="marginal likelihood") as bar:
         for _ in range(num_steps):
-            state, value = _step(optimizer, state, x[rows], y[rows])
+            after, value = _step(optimizer, state, x[rows], y[rows])
+            if not all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves((after[0], value))):
+                warnings.warn(
+                    f"fit_hyperparameters: the marginal likelihood is not finite after {len(found)} steps, and the last"
+                    " values before that are returned; compute in x64, or begin at another kernel or noise.",
+                    stacklevel=2,
+                )
+                break
+            state = after
             found.append(float(value))
             bar.set_postfix_str(f"{found[-1]:.4g} a row", refresh=False)
             bar.update()

@@ -20,10 +20,15 @@ from jax import Array
 from scipy import stats
 
 _NU = (0.5, 1.5, 2.5)
+_FEW = 16  # inputs
 
 
 def _squared_distances(x: Array, z: Array, lengthscale: Array) -> Array:
     x, z = x / lengthscale, z / lengthscale
+    if x.shape[-1] <= _FEW:
+        # differences first: no rounding where inputs coincide
+        zero = jnp.zeros((len(x), len(z)), x.dtype)
+        return sum(((x[:, None, d] - z[:, d]) ** 2 for d in range(x.shape[-1])), zero)
     # about their centre, or rounding would take what is left of a difference of large numbers
     centre = jnp.mean(z, 0)
     x, z = x - centre, z - centre

@@ -41,6 +41,8 @@ class KernelDual(NamedTuple):
     """standard deviations, (row,)"""
     b: Array
     """right-hand sides, (row, vector)"""
+    f: Array
+    """draws of the prior at the data in units of the noise, (row, vector); of a vector that is no sample zero"""
     batch: Array
     """(B,), of which only the length counts"""
 
@@ -75,8 +77,9 @@ class KernelDual(NamedTuple):
     def solution(self, a: Unknowns, image: dict) -> Array:
         return a[_NAME]
 
-    def relative_residual(self, solution: Array) -> Array:
-        return jnp.max(_relative_residuals(self, solution))
+    def is_solved(self, solution: Array, tolerance: float) -> bool:
+        """Whether the error of mean and samples is below a tolerance, in posterior standard deviations."""
+        return bool(error(self, solution) < tolerance)
 
     def bound(self) -> Array:
         # the matrix is at least the identity
@@ -87,25 +90,32 @@ class KernelDual(NamedTuple):
 
 
 def product(dual: KernelDual, a: Array) -> Array:
-    """The matrix of the system times (row, vector), in blocks of rows."""
+    """The whitened kernel matrix times (row, vector), in blocks of rows."""
     size = dual.size
     block = min(BLOCK, size)
     starts = jnp.arange(-(-size // block)) * block
     # the last block goes back to the end of the one before it, and does some rows again
     rows = jnp.minimum(starts, size - block)[:, None] + jnp.arange(block)
     found = lax.map(lambda rows: dual.rows(rows) @ a, rows)
-    return jnp.zeros_like(a).at[rows.ravel()].set(found.reshape(-1, a.shape[-1])) + a
+    return jnp.zeros_like(a).at[rows.ravel()].set(found.reshape(-1, a.shape[-1]))
 
 
 @jax.jit
-def _relative_residuals(dual: KernelDual, a: Array) -> Array:
-    r"""By vector, in the norm of functions, :math:`\|r\|^2 = r^\top \Sigma^{-1/2} K \Sigma^{-1/2} r`: what the kernel
-    does not see of a changes no prediction."""
+def error(dual: KernelDual, a: Array) -> Array:
+    r"""A bound on the error of mean and samples at the data, the largest of them, as a root mean square, by that of the
+    posterior standard deviation of the function.
 
-    def square(v):
-        return jnp.sum(v * (product(dual, v) - v), 0)
-
-    return jnp.sqrt(square(product(dual, a) - dual.b) / square(dual.b))
+    With r the residual and :math:`\tilde K = \Sigma^{-1/2} K \Sigma^{-1/2}` the error is
+    :math:`\|\tilde K (\tilde K + I)^{-1} r\| \le \frac12 \sqrt{r^\top \tilde K r}`, and the variances add up to the
+    effective dimension, the mean of :math:`\|f + \tilde K a\|^2` over samples.
+    """
+    moved = product(dual, a)
+    missing = moved + a - dual.b
+    samples = jnp.sum((dual.f + moved) ** 2, 0)
+    is_sample = jnp.any(dual.f != 0, 0)
+    dimension = jnp.sum(jnp.where(is_sample, samples, 0.0)) / jnp.maximum(jnp.sum(is_sample), 1)
+    off = jnp.sum(missing * product(dual, missing), 0)
+    return jnp.sqrt(jnp.max(off) / jnp.maximum(dimension, jnp.finfo(a.dtype).tiny)) / 2
 
 
 @jax.jit
@@ -128,7 +138,7 @@ def conjugate_gradients(solver: ConjugateGradient, dual: KernelDual) -> Array:
     """The solution by full products."""
 
     def one(b):
-        matrix = lambda a: product(dual, a[:, None])[:, 0]
+        matrix = lambda a: product(dual, a[:, None])[:, 0] + a
         return cg(matrix, b, tol=solver.tolerance, maxiter=solver.max_iterations)[0]
 
     return jax.vmap(one, 1, 1)(dual.b)

@@ -44,7 +44,7 @@ from numpyro_bdl.linear.system import (
     dots,
     noise_gradients,
     prior_draws,
-    products_and_residuals,
+    quality,
     sum_over_batches,
 )
 from numpyro_bdl.natural_parameter import without_wrappers
@@ -61,6 +61,8 @@ class Expectation(NamedTuple):
     """effective dimension of each site"""
     residual: Array
     """largest residual of the samples, relative to their right-hand sides"""
+    error: Array
+    """a bound on the error of their function, in posterior standard deviations"""
 
 
 def expectation(
@@ -84,9 +86,9 @@ def expectation(
     problem = Problem(draws, noise_gradients(system, count), noisy=True)
     start = draws if samples is None else samples
     samples = solver.solve(system, problem, start, batch_key, lambda done: report(0.5 + done / 2))
-    curved, residuals = products_and_residuals(system, problem, samples)
-    dimension = {name: jnp.mean(d) for name, d in dots(samples, curved).items()}
-    return Expectation(mode, samples, dimension, jnp.max(residuals)), system
+    found = quality(system, problem, samples)
+    dimension = {name: jnp.mean(d) for name, d in dots(samples, found.curved).items()}
+    return Expectation(mode, samples, dimension, found.residual, found.error), system
 
 
 def new_precisions(prior: Prior, found: Expectation) -> dict[str, Array]:

@@ -144,7 +144,7 @@ def warn_of_em(change: float, steps: int) -> None:
 
 def warn_of_solution(found: Expectation, system: System) -> None:
     """Warn of systems that are not solved, and of models that interpolate."""
-    warn_if_unsolved(float(found.residual))
+    warn_if_unsolved(float(found.error))
     outputs, dimension = count_outputs(system), float(sum(found.dimension.values()))
     if dimension > 0.99 * outputs:
         warnings.warn(

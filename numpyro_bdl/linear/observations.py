@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, random
 
-UNSOLVED = 0.05
+UNSOLVED = 0.5
 
 
 def as_key(rng_key: Array) -> Array:
@@ -44,11 +44,15 @@ def check_noise(owner: str, noise: Any, y: Array) -> Array:
         raise ValueError(f"{owner}: noise of the shape {noise.shape} does not broadcast to {y.shape}.") from error
 
 
-def warn_if_unsolved(residual: float) -> None:
-    """Warn of systems that are not solved."""
-    if not residual < UNSOLVED:
+def warn_if_unsolved(error: float) -> None:
+    """Warn of systems that are not solved.
+
+    :param error: Of their functions, in posterior standard deviations.
+    """
+    if not error < UNSOLVED:
         warnings.warn(
-            f"The linear systems of the samples are not solved: their residual is {residual:.2g} of the right-hand"
-            f" sides (expected below {UNSOLVED}). Take more steps, or a smaller step_size if it is above 1.",
-            stacklevel=4,
+            "The linear systems of the samples are not solved: at the data their function can be off by"
+            f" {error:.2g} posterior standard deviations (expected below {UNSOLVED}). Give the solver more steps, or a"
+            " smaller tolerance.",
+            stacklevel=3,
         )

@@ -16,7 +16,16 @@ from numpyro_bdl._checks import check_integer
 from numpyro_bdl.linear.observations import as_key, check_noise, check_observed, warn_if_unsolved
 from numpyro_bdl.linear.operator import OperatorModel, check_operator
 from numpyro_bdl.linear.solvers import solver_of
-from numpyro_bdl.linear.system import Problem, dots, make_system, noise_gradients, prior_draws, products_and_residuals
+from numpyro_bdl.linear.system import (
+    Problem,
+    dots,
+    energy_and_gradient,
+    make_system,
+    noise_gradients,
+    norm,
+    prior_draws,
+    quality,
+)
 
 
 @dataclass(frozen=True)
@@ -28,8 +37,8 @@ class LinearPosterior:
     """(sample, ...), about the mean"""
     effective_dimension: float
     """estimated number of weights that the data determine"""
-    residual: float
-    """largest residual of the linear systems of the samples, relative to their right-hand sides"""
+    error: float
+    """a bound on the error of mean and samples at the data, as a root mean square, in posterior standard deviations"""
 
 
 def linear_posterior_samples(
@@ -73,7 +82,7 @@ def linear_posterior_samples(
     :param solver: ``"cg"``, ``"sgd"`` or ``"dual"``, or one of :mod:`numpyro_bdl.linear` with settings.
     :param batch_size: Rows of a product; None for all.
     :param sample_chunk: Samples that a product works on at a time; None for all.
-    :return: Mean, samples, effective dimension and residual.
+    :return: Mean, samples, effective dimension and a bound on their error.
     :raises ValueError: for noise or scales that are not positive, numbers that are not finite, shapes that do not fit,
         a batch larger than the data, an operator that is not linear, a transpose that does not match it, or a step
         size that diverges.
@@ -121,8 +130,10 @@ def linear_posterior_samples(
         as_weights(_like(owner, name, value, like))
         for name, value in (("prior_scale", prior_scale), ("prior_mean", prior_mean))
     )
-    if not all(bool(jnp.all(s > 0)) for s in scale.values()):
-        raise ValueError(f"{owner}: prior_scale must be positive.")
+    if not all(bool(jnp.all((s > 0) & jnp.isfinite(s))) for s in scale.values()):
+        raise ValueError(f"{owner}: prior_scale must be positive and finite.")
+    if not all(bool(jnp.all(jnp.isfinite(m))) for m in mean.values()):
+        raise ValueError(f"{owner}: prior_mean has numbers that are not finite.")
     keys = random.split(as_key(rng_key), 4)
     model = OperatorModel(
         weights=zero,
@@ -140,12 +151,16 @@ def linear_posterior_samples(
     draws = prior_draws(keys[2], zero, num_samples)
     problem = Problem(draws, noise_gradients(system, num_samples), noisy=True)
     samples = solver.solve(system, problem, draws, keys[3])
-    curved, residuals = products_and_residuals(system, problem, samples)
-    dimension = float(sum(jnp.mean(d) for d in dots(samples, curved).values()))
-    warn_if_unsolved(float(jnp.max(residuals)))
-    mode = system.displacement(solver.mode(system, jax.tree.map(jnp.zeros_like, zero), keys[3]))
+    found = quality(system, problem, samples)
+    dimension = float(sum(jnp.mean(d) for d in dots(samples, found.curved).values()))
+    mode = solver.mode(system, jax.tree.map(jnp.zeros_like, zero), keys[3])
+    # by the same bound, its gradient being its residual
+    of_mode = norm(energy_and_gradient(system, mode)[1]) / (2 * max(dimension, 1e-30) ** 0.5)
+    error = float(jnp.maximum(found.error, of_mode))
+    warn_if_unsolved(error)
+    mode = system.displacement(mode)
     about = {k: mode[k] + z for k, z in system.whiten(samples).items()}
-    return LinearPosterior(as_tree(mode), as_tree(about), dimension, float(jnp.max(residuals)))
+    return LinearPosterior(as_tree(mode), as_tree(about), dimension, error)
 
 
 def _product(owner: str, operator: Any, like: Any, size: int) -> tuple[Callable, Any]:
@@ -154,11 +169,14 @@ def _product(owner: str, operator: Any, like: Any, size: int) -> tuple[Callable,
             raise ValueError(f"{owner}: an operator that is a function needs like, arrays or shapes of its weights.")
         return operator, jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), jnp.result_type(x)), like)
     features = jnp.asarray(operator)
+    features = features.astype(jnp.result_type(features, float))
     if features.ndim != 2 or len(features) != size:
         raise ValueError(
             f"{owner}: operator must be an array (row, weight) with the {size} rows of y, or a function; got the shape"
             f" {features.shape}."
         )
+    if not bool(jnp.all(jnp.isfinite(features))):
+        raise ValueError(f"{owner}: operator has numbers that are not finite.")
     return lambda w, rows: features[rows] @ w, jax.ShapeDtypeStruct(features.shape[1:], features.dtype)
 
 

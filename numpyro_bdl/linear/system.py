@@ -141,12 +141,31 @@ def products(system: System, x: Weights) -> Weights:
     return sum_over_batches(system, lambda batch: system.model.map(partial(system.product, batch), x))
 
 
+class Quality(NamedTuple):
+    """How good several solutions are."""
+
+    curved: Weights
+    r""":math:`\tilde J^\top \Lambda \tilde J x` of each"""
+    residual: Array
+    r"""relative residual :math:`\|H x - b\| / \|b\|`, the largest"""
+    error: Array
+    r"""of samples: a bound on the error of their function at the data, as a root mean square, in posterior standard
+    deviations, the largest.
+
+    With :math:`r = H x - b` and :math:`F = L^\top \tilde J` the error is :math:`\|F H^{-1} r\| \le \|r\| / 2`, since
+    no :math:`m / (1 + m)^2` is above 1/4; the variances add up to the effective dimension
+    :math:`\gamma = E \|F x\|^2`."""
+
+
 @jax.jit
-def products_and_residuals(system: System, problem: Problem, x: Weights) -> tuple[Weights, Array]:
-    r""":func:`products`, and the relative residual :math:`\|H x - b\| / \|b\|` of each x."""
+def quality(system: System, problem: Problem, x: Weights) -> Quality:
+    """How good solutions are, by a pass over all rows."""
     curved, b = products(system, x), problem.total
     missing = jax.tree.map(lambda x, m, b: x + m - b, x, curved, b)
-    return curved, jnp.sqrt(_total(dots(missing, missing)) / _total(dots(b, b)))
+    norm, of_b = (jnp.sqrt(_total(dots(v, v))) for v in (missing, b))
+    size = sum(w[0].size for w in x.values())
+    dimension = jnp.clip(jnp.mean(_total(dots(x, curved))), jnp.finfo(norm.dtype).tiny, size)
+    return Quality(curved, jnp.max(norm / of_b), jnp.max(norm) / (2 * jnp.sqrt(dimension)))
 
 
 @partial(jax.jit, static_argnums=1)

@@ -56,7 +56,7 @@ def exact_step(alpha, scale, batch_size=None):
     mean, covariance = regression_posterior(alpha, scale)
     samples = {"w": np.sqrt(P * alpha) * jnp.asarray(np.linalg.cholesky(covariance)).T}
     dimension = {k: jnp.mean(d) for k, d in dots(samples, products(system, samples)).items()}
-    found = Expectation({"w": np.sqrt(alpha) * jnp.asarray(mean)}, samples, dimension, jnp.zeros(()))
+    found = Expectation({"w": np.sqrt(alpha) * jnp.asarray(mean)}, samples, dimension, jnp.zeros(()), jnp.zeros(()))
     gamma = P - alpha * np.trace(covariance)
     np.testing.assert_allclose(dimension["w"], gamma, rtol=1e-10)
     return float(new_precisions(prior, found)["weights"]), float(new_noise_scale(system, found, "sigma"))
@@ -81,7 +81,11 @@ def test_the_m_step_is_mackays():
 def test_without_an_estimate_that_is_positive_em_proper_takes_over():
     prior = Prior({"w": jnp.ones(3)}, {"g": ("w",)}, {"g": jnp.asarray(2.0)})
     found = Expectation(
-        {"w": jnp.array([1.0, 2.0, 2.0])}, {"w": jnp.ones((4, 3))}, {"w": jnp.asarray(-0.1)}, jnp.zeros(())
+        {"w": jnp.array([1.0, 2.0, 2.0])},
+        {"w": jnp.ones((4, 3))},
+        {"w": jnp.asarray(-0.1)},
+        jnp.zeros(()),
+        jnp.zeros(()),
     )
     np.testing.assert_allclose(new_precisions(prior, found)["g"], 2.0 * 3 / (9 + 3))
 

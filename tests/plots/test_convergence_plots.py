@@ -145,3 +145,32 @@ def test_function_trace_and_rank_name_what_is_wrong(tree, function):
         function(make(bad))
     with pytest.raises(ValueError, match=f"{name}: R-hat needs at least 4 draws a chain, got 1"):
         function(tree.isel(draw=slice(1)))
+
+
+# ---- a single chain, and constant values -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["function_rhat", "layer_rhat", "function_rank"])
+def test_a_single_chain_has_no_rhat(tree, name):
+    with pytest.raises(ValueError, match=f"{name}: R-hat compares chains and needs at least 2, got 1"):
+        getattr(plots, name)(tree.isel(chain=[0]))
+
+
+def test_the_first_values_of_a_single_chain_are_traced(tree):
+    picture = plots.function_trace(tree.isel(chain=[0]), worst=2)
+    assert list(picture.viz["plot"].data_vars) == ["y[7, 0]", "y[3, 0]"]  # y[7, 1] is fixed
+
+
+def test_constant_function_values_are_left_out_and_counted(tree):
+    with pytest.warns(UserWarning, match="1 of 8 function values of SGLD are the same in all draws, and left out"):
+        ax = plots.function_rhat({"SGLD": tree})
+    assert len(ax.get_lines()[0].get_xdata()) == 7
+    constant = tree.copy()
+    constant["functions"]["y"] = 0 * tree["functions"]["y"]
+    with pytest.raises(ValueError, match="every function value of SGLD is the same in all draws"):
+        plots.function_rhat({"SGLD": constant})
+
+
+def test_no_tree_at_all_is_refused():
+    with pytest.raises(ValueError, match="expected at least one tree, got none"):
+        plots.function_rhat({})

@@ -144,3 +144,10 @@ def test_loss_plane_names_what_is_wrong():
         plots.loss_plane(plane_of(), {"a": (np.nan, 0)})
     with pytest.raises(ValueError, match="the slice has no finite energy"):
         plots.loss_plane(LossSlice(T, np.full((5, 5), np.inf)))
+
+
+def test_loss_plane_of_energies_that_differ_by_rounding_is_drawn():
+    plane = plane_of(points=5)
+    energy = np.full((5, 5), 1e9)
+    energy[0, 0] = np.nextafter(1e9, np.inf)
+    assert plots.loss_plane(plane._replace(energy=energy)).get_title() == "Loss plane"

@@ -136,3 +136,9 @@ def test_risk_coverage_names_what_is_wrong():
         plots.risk_coverage(np.ones((2, 2)), np.ones((2, 2)))
     with pytest.raises(ValueError, match="risk_coverage: scores is empty"):
         detection.risk_coverage([], [])
+
+
+def test_the_data_of_several_methods_is_named_once():
+    ax = plots.predictive_band(X, FUNCTIONS, data=DATA, label="NUTS")
+    plots.predictive_band(X, FUNCTIONS, data=DATA, ax=ax, label="SGLD")
+    assert ax.get_legend_handles_labels()[1].count("data") == 1

@@ -24,7 +24,7 @@ class ConjugateGradient:
     :param max_iterations: Most iterations, each a pass over all rows.
     """
 
-    tolerance: float = 0.01
+    tolerance: float = 1e-4
     max_iterations: int = 1000
 
     def __post_init__(self):

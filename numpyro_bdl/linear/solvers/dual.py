@@ -34,9 +34,9 @@ from jax import Array, lax
 from numpyro_bdl._checks import check_integer, check_number
 from numpyro_bdl.linear.model import Batch, Linearization, Weights
 from numpyro_bdl.linear.solvers.newton import newton
-from numpyro_bdl.linear.solvers.rounds import rounds, stretches
+from numpyro_bdl.linear.solvers.rounds import is_solved, rounds, stretches
 from numpyro_bdl.linear.solvers.steps import Eigenvalues, eigenvalues, stable_step, with_stable_step
-from numpyro_bdl.linear.system import Problem, System, norm, products_and_residuals
+from numpyro_bdl.linear.system import Problem, System, norm
 
 Unknowns = dict[str, Array]
 """By observed site, (row, vector, ...)."""
@@ -77,8 +77,8 @@ class Dual(Protocol):
         """What is looked for."""
         ...
 
-    def relative_residual(self, solution: Any) -> Array:
-        """The largest relative residual."""
+    def is_solved(self, solution: Any, tolerance: float) -> bool:
+        """Whether the error of samples is below a tolerance, in posterior standard deviations of the function."""
         ...
 
     def bound(self) -> Array:
@@ -105,11 +105,11 @@ class State(NamedTuple):
 class DualDescent:
     r"""Stochastic dual descent: for few rows or many weights. It holds an unknown per observed output and sample.
 
-    It goes on in rounds, each as long as all before it, until the residual is small.
+    It goes on in rounds, each as long as all before it, until the samples are good enough.
 
     :param steps: Most steps for a solution.
-    :param tolerance: Residual at which to stop, relative to the right-hand side; that of the primal system if there
-        are weights.
+    :param tolerance: Error of samples at which to stop, a bound on that of their function at the data in posterior
+        standard deviations: :class:`~numpyro_bdl.linear.system.Quality`.
     :param step_size: :math:`\beta`; None for one that the eigenvalues of a few minibatches allow,
         :func:`~numpyro_bdl.linear.solvers.steps.stable_step`.
     :param momentum: :math:`\rho`.
@@ -117,8 +117,8 @@ class DualDescent:
         the noise of this descent vanishes at its solution.
     """
 
-    steps: int = 5000
-    tolerance: float = 0.02
+    steps: int = 1000
+    tolerance: float = 0.2
     step_size: float | None = None
     momentum: float = 0.9
     averaging: float | None = None
@@ -166,11 +166,11 @@ class DualDescent:
             state = state._replace(average=dual.solution(state.a, state.image))
             for part in stretches(*round_):
                 state = _advance(self, dual, state, key, step_size, round_, part)
-                if not norm(dual.solution(state.a, state.image)) < bound:
+                if not norm(dual.solution(state.a, state.image)) <= bound:
                     return None
                 report(part[1] / self.steps)
             solution = state.average
-            if round_[1] < self.steps and dual.relative_residual(solution) < self.tolerance:
+            if round_[1] < self.steps and dual.is_solved(solution, self.tolerance):
                 break
         report(1.0)
         return solution
@@ -252,8 +252,8 @@ class WeightDual(NamedTuple):
     def solution(self, a: Unknowns, image: Weights) -> Weights:
         return jax.tree.map(jnp.add, self.problem.prior, image)
 
-    def relative_residual(self, solution: Weights) -> Array:
-        return jnp.max(products_and_residuals(self.system, self.problem, solution)[1])
+    def is_solved(self, solution: Weights, tolerance: float) -> bool:
+        return is_solved(self.system, self.problem, solution, tolerance)
 
     def bound(self) -> Array:
         # H is at least the identity

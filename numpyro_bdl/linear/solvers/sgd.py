@@ -34,15 +34,13 @@ from jax import Array, lax
 
 from numpyro_bdl._checks import check_integer, check_number
 from numpyro_bdl.linear.model import Weights
-from numpyro_bdl.linear.solvers.rounds import rounds, stretches
+from numpyro_bdl.linear.solvers.rounds import is_solved, rounds, stretches
 from numpyro_bdl.linear.solvers.steps import eigenvalues, stable_step, with_stable_step
 from numpyro_bdl.linear.system import (
     Problem,
     System,
-    energy_and_gradient,
     mode_gradient,
     norm,
-    products_and_residuals,
 )
 
 _FAR = 1e4  # of a mode from the prior mean, in prior standard deviations
@@ -61,12 +59,12 @@ class Descent(NamedTuple):
 class SGD:
     r"""Nesterov's gradient descent on minibatches, with geometric averaging: the solver for much data.
 
-    It goes on in rounds, each as long as all before it, until the residual is small. In each the step falls linearly
-    to zero over the second half.
+    It goes on in rounds, each as long as all before it, until the samples are good enough; for a mode in one. In each
+    the step falls linearly to zero over the second half.
 
     :param steps: Most gradient steps for a solution.
-    :param tolerance: Residual at which to stop, relative to the right-hand side. It can be above the error of the
-        samples by far: one of .02 changes their variances by less than a percent.
+    :param tolerance: Error of samples at which to stop, a bound on that of their function at the data in posterior
+        standard deviations: :class:`~numpyro_bdl.linear.system.Quality`.
     :param step_size: Step on the whitened quadratic; None for one that the eigenvalues of a few minibatches allow,
         :func:`~numpyro_bdl.linear.solvers.steps.stable_step`.
     :param momentum: Of Nesterov's method.
@@ -78,8 +76,8 @@ class SGD:
         observed outputs.
     """
 
-    steps: int = 5000
-    tolerance: float = 0.02
+    steps: int = 1000
+    tolerance: float = 0.2
     step_size: float | None = None
     momentum: float = 0.9
     averaging: float | None = None
@@ -130,27 +128,19 @@ class SGD:
         # H is at least the identity, so that no solution is longer than its right-hand side
         bound = 10 * norm(start if problem is None else problem.total) + _FAR * (problem is None)
         x = start
-        for round_ in rounds(system.model.size, system.batch_size, self.steps):
+        every = rounds(system.model.size, system.batch_size, self.steps)
+        for round_ in every if problem else [(0, self.steps)]:
             state = _start(self, x)
             for part in stretches(*round_):
                 state = _advance(self, kind, system, problem, state, key, step_size, round_, part)
-                if not norm(state.x) < bound:
+                if not norm(state.x) <= bound:
                     return None
                 report(part[1] / self.steps)
             x = state.average
-            if round_[1] < self.steps and _residual(system, problem, x) < self.tolerance:
+            if problem and round_[1] < self.steps and is_solved(system, problem, x, self.tolerance):
                 break
         report(1.0)
         return x
-
-
-def _residual(system: System, problem: Problem | None, x: Weights) -> Array:
-    """The largest relative residual; of the mode, its gradient by that at the prior mean."""
-    if problem is not None:
-        return jnp.max(products_and_residuals(system, problem, x)[1])
-    one = jax.tree.map(lambda w: w[0], x)
-    at_mean = jax.tree.map(jnp.zeros_like, one)
-    return norm(energy_and_gradient(system, one)[1]) / norm(energy_and_gradient(system, at_mean)[1])
 
 
 @partial(jax.jit, static_argnums=0)

@@ -17,6 +17,7 @@ from numpyro_bdl.noise import normal
 
 _POWER_ITERATIONS = 10
 POWER_BATCHES = 8
+_LEAST = 1e-12  # of a step size
 
 
 class Eigenvalues(NamedTuple):
@@ -34,7 +35,7 @@ def largest_eigenvalue(product: Callable[[Any], Any], start: Any) -> Array:
 
     def iterate(_, carry):
         x, size = carry
-        y = product(jax.tree.map(lambda v: v / size, x))
+        y = product(jax.tree.map(lambda v: v / jnp.where(size > 0, size, 1.0), x))  # it may be zero
         return y, norm(y)
 
     return lax.fori_loop(0, _POWER_ITERATIONS, iterate, (start, norm(start)))[1]
@@ -91,5 +92,7 @@ def with_stable_step(name: str, descend: Callable, given: float | None, stable: 
                 f" {stable():.3g}; step_size=None takes that."
             )
         step_size = step_size / 4
+        if not step_size > _LEAST:
+            raise ValueError(f"{name} diverged with every step size; is the model finite at all of its data?")
         warnings.warn(f"{name} diverged, and begins again with the step size {step_size:.3g}.", stacklevel=6)
     return solution
