@@ -25,7 +25,7 @@ from numpyro_bdl._arguments import Arguments
 from numpyro_bdl.guides.likelihoods import Curvature, Family, family_of, parameters_of
 from numpyro_bdl.natural_parameter import without_wrappers
 from numpyro_bdl.noise import normal
-from numpyro_bdl.potential import Potential
+from numpyro_bdl.potential import Potential, row_axis
 
 Weights = dict[str, Array]
 """Weights by site; with one more axis in front, several vectors of them."""
@@ -224,12 +224,6 @@ def _cast(value: Array, like: Array) -> Array:
 
 def _without(shape: tuple[int, ...], axis: int | None) -> tuple[int, ...]:
     return shape if axis is None else shape[:axis] + shape[axis + 1 :]
-
-
-def row_axis(site: dict, plate: str | None) -> int | None:
-    """The axis of the observations of a site along which the rows of the plate lie, None if it lies outside."""
-    dims = {frame.name: frame.dim for frame in site["cond_indep_stack"]}
-    return len(site["fn"].batch_shape) + dims[plate] if plate in dims else None
 
 
 def _factor(law: dist.Distribution, scale: Any, shape: tuple[int, ...]) -> Array:

@@ -34,12 +34,7 @@ import optax
 from jax import Array, lax
 
 from numpyro_bdl._checks import check_integer, check_number
-from numpyro_bdl.guides.linear_system import (
-    Problem,
-    System,
-    mode_gradient,
-    stable_step,
-)
+from numpyro_bdl.guides.linear_system import Problem, System, mode_gradient, stable_step
 from numpyro_bdl.guides.solvers.rounds import is_solved, rounds, stretches
 from numpyro_bdl.guides.tangent import Weights
 
