@@ -34,7 +34,7 @@ parser.add_argument("--quick", action="store_true", help="a smoke run: few steps
 parser.add_argument("--output", type=Path, default=Path("output/warm_start"), help="folder for the results")
 options = parser.parse_args()
 
-CHAINS, STEPS, WARMUP, DRAWS, DEPTH = (4, 20, 5, 10, 3) if options.quick else (4, 1000, 50, 100, 5)
+CHAINS, STEPS, WARMUP, DRAWS, DEPTH = (4, 20, 25, 10, 3) if options.quick else (4, 1000, 50, 100, 5)
 
 # ---- data, network and model ----------------------------------------------------------------------------------------
 

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from numpyro_bdl._arguments import Arguments
 from numpyro_bdl._checks import named_arguments
-from numpyro_bdl.potential import Potential, fixed_shape
+from numpyro_bdl.potential import Potential, fixed_shape, row_axis
 
 AUTO_CHUNK = 1024
 
@@ -77,7 +77,7 @@ class Evaluation:
                 " rows, the first axis, may be another one."
             )
         self._plate = plate = potential.data_plate(plates)
-        self._axes = {name: _row_axis(frames[name], plate) for name in names}
+        self._axes = {name: row_axis(frames[name], plate) for name in names}
 
         size = plates[plate] if plate else 1
         self._some = rows is not None and len(rows) < size
@@ -242,15 +242,6 @@ def _get(sites: dict, name: str) -> dict:
     if name not in sites:
         raise ValueError(f"The model has no site '{name}'; it has: {', '.join(sites)}.")
     return sites[name]
-
-
-def _row_axis(site: dict, plate: str | None) -> int | None:
-    """The axis of a site's output along which the rows of the plate lie; None if the site lies outside of it."""
-    dims = {frame.name: frame.dim for frame in site["cond_indep_stack"]}
-    if plate not in dims:
-        return None
-    batch = -min(dims.values()) if site["type"] == "deterministic" else len(site["fn"].batch_shape)
-    return batch + dims[plate]
 
 
 def _differences(model: Callable, given: tuple, of_run: tuple) -> str:

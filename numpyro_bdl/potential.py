@@ -508,6 +508,12 @@ def _plates_by_axis(site: dict) -> tuple[str | None, ...]:
     return tuple(plates.get(dim) for dim in range(-depth, 0))
 
 
+def row_axis(site: dict, plate: str | None) -> int | None:
+    """The axis of a site along which the rows of a plate lie; None if the site lies outside of it."""
+    plates = _plates_by_axis(site)
+    return plates.index(plate) if plate is not None and plate in plates else None
+
+
 def fixed_shape(site: dict) -> tuple[int, ...]:
     """How many axes a site has, then the sizes of those in no plate; only how many, where rows may be in no plate."""
     if site["type"] == "deterministic":

@@ -22,7 +22,7 @@ from numpyro_bdl._arguments import Arguments
 from numpyro_bdl.linear.likelihoods import Family, family_of, parameters_of
 from numpyro_bdl.linear.model import LinearModel, Observed, Weights
 from numpyro_bdl.noise import normal
-from numpyro_bdl.potential import Potential
+from numpyro_bdl.potential import Potential, row_axis
 
 
 @partial(
@@ -64,12 +64,6 @@ class TangentModel(LinearModel):
         eta = {name: self.predictor(name, sites[name]) for name, _ in self.moving}
         observed = {name: Observed(sites[name]["fn"], sites[name]["value"], sites[name]["scale"]) for name in eta}
         return eta, observed, {name: row_axis(sites[name], self.plate) for name in eta}
-
-
-def row_axis(site: dict, plate: str | None) -> int | None:
-    """The axis of the observations of a site along which the rows of the plate lie, None if it lies outside."""
-    dims = {frame.name: frame.dim for frame in site["cond_indep_stack"]}
-    return len(site["fn"].batch_shape) + dims[plate] if plate in dims else None
 
 
 # ---- how a model is linearized --------------------------------------------------------------------------------------

@@ -36,12 +36,7 @@ from numpyro_bdl._checks import check_integer, check_number
 from numpyro_bdl.linear.model import Weights
 from numpyro_bdl.linear.solvers.rounds import is_solved, rounds, stretches
 from numpyro_bdl.linear.solvers.steps import eigenvalues, stable_step, with_stable_step
-from numpyro_bdl.linear.system import (
-    Problem,
-    System,
-    mode_gradient,
-    norm,
-)
+from numpyro_bdl.linear.system import Problem, System, mode_gradient, norm
 
 _FAR = 1e4  # of a mode from the prior mean, in prior standard deviations
 
