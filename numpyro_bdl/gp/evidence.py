@@ -104,7 +104,7 @@ def fit_hyperparameters(
     subset = min(subset, len(y))
     if subset * num_subsets > len(y):
         raise ValueError(f"{owner}: {num_subsets} subsets of {subset} rows need more than the {len(y)} rows.")
-    rows = random.permutation(as_key(rng_key), len(y))[: subset * num_subsets].reshape(num_subsets, subset)
+    rows = random.permutation(as_key(owner, rng_key), len(y))[: subset * num_subsets].reshape(num_subsets, subset)
     start = jax.tree.map(lambda v: jnp.log(jnp.asarray(v, y.dtype)), (kernel, noise))
     optimizer = optax.adam(learning_rate)
     state, found = (start, optimizer.init(start)), []

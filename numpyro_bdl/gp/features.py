@@ -5,19 +5,28 @@ r"""Draws of functions from a Gaussian process, by random Fourier features,
 
 .. math::
 
-    f(x) = \sqrt{\frac{s}{M}} \sum_{m=1}^M \bigl( a_m \cos \omega_m^\top x + b_m \sin \omega_m^\top x \bigr),
-    \qquad a_m, b_m \sim N(0, 1),
+    f(x) = \sum_{m=1}^M \sqrt{s w_m} \bigl( a_m \cos \omega_m^\top x + b_m \sin \omega_m^\top x \bigr),
+    \qquad a_m, b_m \sim N(0, 1), \quad \sum_m w_m = 1.
 
-with :math:`\omega_m` from the spectral density of the kernel. Its variance is s everywhere. Covariances have an error
-of the order :math:`s / \sqrt M` for independent frequencies, which is much where a posterior has little variance left;
-with those of a scrambled Sobol sequence it is smaller, the fewer the inputs the more.
+A posterior has little variance where it has data, and what it has is in frequencies that the data do not resolve:
+frequencies drawn from the spectral density p of the kernel are rare there, and the samples of a posterior of little
+noise would be far too certain. Therefore half of them are drawn from wider densities, with weights that correct for it,
+
+.. math::
+
+    q(\omega) = \tfrac12 p(\omega) + \tfrac14 4^{-D} p(\omega / 4) + \tfrac14 16^{-D} p(\omega / 16),
+    \qquad w_m \propto p(\omega_m) / q(\omega_m) \le 2,
+
+by points of a scrambled Sobol sequence. The variance of f is s everywhere.
 
 **References:** Rahimi and Recht, *Random features for large-scale kernel machines*, NeurIPS 2007; Yang et al.,
-*Quasi-Monte Carlo feature maps for shift-invariant kernels*, ICML 2014.
+*Quasi-Monte Carlo feature maps for shift-invariant kernels*, ICML 2014; Hesterberg, *Weighted average importance
+sampling and defensive mixture distributions*, Technometrics 1995.
 """
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, random
@@ -25,19 +34,23 @@ from scipy.stats import qmc
 
 from numpyro_bdl.gp.kernels import Kernel
 
+_SCALES = np.array([1.0, 4.0, 16.0])  # of the frequencies
+_SHARES = np.array([0.5, 0.25, 0.25])
+
 
 class FourierFeatures(NamedTuple):
     """Features of a kernel."""
 
     frequencies: Array
     """(M, D)"""
-    variance: Array
+    variances: Array
+    """s w, (M,)"""
 
     def __call__(self, x: Array) -> Array:
         """Features of inputs (n, D): (n, 2 M)."""
         angles = x @ self.frequencies.T
-        scale = jnp.sqrt(self.variance / len(self.frequencies))
-        return scale * jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], -1)
+        scale = jnp.sqrt(self.variances)
+        return jnp.concatenate([scale * jnp.cos(angles), scale * jnp.sin(angles)], -1)
 
 
 class PriorDraws(NamedTuple):
@@ -60,9 +73,18 @@ def draw_prior(key: Array, kernel: Kernel, inputs: int, num_samples: int, num_fe
     """
     of_frequencies, of_weights = random.split(key)
     count = -(-num_features // 2)
-    seed = np.asarray(random.bits(of_frequencies, (4,), "uint32"))
-    power = (count - 1).bit_length()
-    points = qmc.Sobol(inputs + 1, rng=np.random.default_rng(seed)).random_base2(power)[:count]
-    tiny = np.finfo(np.float32).eps
-    features = FourierFeatures(kernel.frequencies(np.clip(points, tiny, 1 - tiny)), jnp.asarray(kernel.variance))
+    features = draw_features(of_frequencies, kernel, inputs, count)
     return PriorDraws(features, random.normal(of_weights, (2 * count, num_samples)))
+
+
+def draw_features(key: Array, kernel: Kernel, inputs: int, count: int) -> FourierFeatures:
+    """M frequencies and their weights."""
+    seed = np.asarray(random.bits(key, (4,), "uint32"))
+    power = (count - 1).bit_length()
+    points = qmc.Sobol(inputs + 2, rng=np.random.default_rng(seed)).random_base2(power)[:count]
+    tiny = np.finfo(np.float32).eps
+    scale = _SCALES[np.searchsorted(np.cumsum(_SHARES)[:-1], points[:, 0], side="right")]
+    frequencies = kernel.frequencies(np.clip(points[:, 1:], tiny, 1 - tiny)) * scale[:, None]
+    logs = jnp.stack([kernel.log_spectral_density(frequencies / c) - inputs * np.log(c) for c in _SCALES])
+    of_mixture = jax.nn.logsumexp(logs + np.log(_SHARES)[:, None], 0)
+    return FourierFeatures(frequencies, kernel.variance * jax.nn.softmax(logs[0] - of_mixture))

@@ -7,7 +7,8 @@ r"""Stationary covariance functions, and their spectral densities.
 
     k(x, x') = s \, \kappa(r), \qquad r^2 = \sum_d \Bigl(\frac{x_d - x'_d}{\ell_d}\Bigr)^2.
 
-They have what is needed here and libraries of kernels leave out: frequencies for random Fourier features.
+They have what is needed here and libraries of kernels leave out: their spectral density, and points of it, for random
+Fourier features.
 """
 
 from dataclasses import dataclass
@@ -64,6 +65,10 @@ class RBF:
         """Points of the spectral density from points of the unit cube, (count, 1 + D): (count, D)."""
         return jnp.asarray(stats.norm.ppf(uniform[:, 1:])) / self.lengthscale
 
+    def log_spectral_density(self, frequencies: Array) -> Array:
+        """Up to a constant, of frequencies (count, D): (count,)."""
+        return -jnp.sum((frequencies * self.lengthscale) ** 2, -1) / 2
+
 
 @partial(jax.tree_util.register_dataclass, data_fields=("variance", "lengthscale"), meta_fields=("nu",))
 @dataclass(frozen=True)
@@ -103,6 +108,11 @@ class Matern:
         """Points of the spectral density from points of the unit cube, (count, 1 + D): (count, D)."""
         mixing = stats.chi2.ppf(uniform[:, :1], 2 * self.nu) / (2 * self.nu)
         return jnp.asarray(stats.norm.ppf(uniform[:, 1:]) / np.sqrt(mixing)) / self.lengthscale
+
+    def log_spectral_density(self, frequencies: Array) -> Array:
+        """Up to a constant, of frequencies (count, D): (count,)."""
+        square = jnp.sum((frequencies * self.lengthscale) ** 2, -1)
+        return -(self.nu + frequencies.shape[-1] / 2) * jnp.log1p(square / (2 * self.nu))
 
 
 Kernel = RBF | Matern

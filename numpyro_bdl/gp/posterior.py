@@ -3,6 +3,7 @@
 
 """The posterior of a Gaussian process, as functions that can be evaluated anywhere."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,12 +13,12 @@ import jax.numpy as jnp
 from jax import Array, lax, random
 from tqdm.auto import tqdm
 
-from numpyro_bdl._checks import check_integer
+from numpyro_bdl._checks import check_choice, check_integer
 from numpyro_bdl.gp.features import PriorDraws, draw_prior
 from numpyro_bdl.gp.kernels import Kernel
 from numpyro_bdl.gp.system import BLOCK, KernelDual, conjugate_gradients, error
 from numpyro_bdl.linear.observations import as_key, check_noise, check_observed, warn_if_unsolved
-from numpyro_bdl.linear.solvers import ConjugateGradient, DualDescent, solver_of
+from numpyro_bdl.linear.solvers import ConjugateGradient, DualDescent
 
 _SOLVERS = {"dual": DualDescent(steps=20_000), "cg": ConjugateGradient()}
 
@@ -91,17 +92,17 @@ def gp_posterior_samples(
 
     :param rng_key: PRNG key.
     :param kernel: An :class:`RBF` or :class:`Matern`; or a pytree that is called as they are and has their
-        ``frequencies``.
+        ``frequencies`` and ``log_spectral_density``.
     :param x: Inputs, (row, D).
     :param y: Observations, (row,), about zero: subtract their mean.
     :param noise: Standard deviation of the noise, a number or (row,).
     :param num_samples: Samples of the function, K. The relative error of a variance is :math:`\sqrt{2/K}`.
-    :param num_features: Random features of the prior draws.
+    :param num_features: Random features of the prior draws, :mod:`~numpyro_bdl.gp.features`.
     :param solver: ``"dual"``, stochastic dual descent, until its error is a fifth of a posterior standard deviation at
         most, or 20 000 steps; ``"cg"``, conjugate gradients on full products; or a
         :class:`~numpyro_bdl.linear.DualDescent` or :class:`~numpyro_bdl.linear.ConjugateGradient` with settings.
     :param batch_size: Rows of a step of dual descent; None for 512, or all if there are fewer.
-    :param progress_bar: Show one.
+    :param progress_bar: Show one, of dual descent.
     :return: The posterior.
     :raises ValueError: for noise, a variance or a lengthscale that is not positive; numbers that are not finite; shapes
         that do not fit; a batch larger than the data; or a step size that diverges.
@@ -129,9 +130,14 @@ def gp_posterior_samples(
     owner = "gp_posterior_samples"
     for name, value in (("num_samples", num_samples), ("num_features", num_features)):
         check_integer(owner, name, value)
-    solver = _SOLVERS[solver] if solver in tuple(_SOLVERS) else solver_of(owner, solver)
+    if isinstance(solver, str):
+        check_choice(owner, "solver", solver, tuple(_SOLVERS))
+        solver = _SOLVERS[solver]
     if not isinstance(solver, (DualDescent, ConjugateGradient)):
-        raise TypeError(f'{owner}: solver must be "dual" or "cg": a kernel has no weights for {solver!r}.')
+        raise TypeError(
+            f'{owner}: solver must be "dual", "cg", or a DualDescent or ConjugateGradient of numpyro_bdl.linear, got'
+            f" {solver!r}."
+        )
     y = check_observed(owner, y)
     x = check_inputs(owner, x, y)
     noise = check_noise(owner, noise, y)
@@ -140,9 +146,9 @@ def gp_posterior_samples(
     check_integer(owner, "batch_size", batch_size)
     if batch_size > len(y):
         raise ValueError(f"{owner}: batch_size={batch_size} is more than the {len(y)} rows of the data.")
-    keys = random.split(as_key(rng_key), 3)
+    keys = random.split(as_key(owner, rng_key), 3)
     prior = draw_prior(keys[0], kernel, x.shape[1], num_samples, num_features)
-    f = jnp.concatenate([jnp.zeros((len(y), 1), y.dtype), prior(x) / noise[:, None]], 1)
+    f = jnp.concatenate([jnp.zeros((len(y), 1), y.dtype), _at_data(prior, x) / noise[:, None]], 1)
     eps = random.normal(keys[1], (len(y), num_samples), y.dtype)
     b = jnp.concatenate([(y / noise)[:, None], -f[:, 1:] - eps], 1)
     dual = KernelDual(kernel, x, noise, b, f, jnp.zeros(batch_size, bool))
@@ -164,17 +170,27 @@ def _inputs(owner: str, x: Any, data: Array) -> Array:
 
 
 @jax.jit
+def _at_data(prior: PriorDraws, x: Array) -> Array:
+    return _in_blocks(prior, x)
+
+
+@jax.jit
 def _evaluate(posterior: GPPosterior, x: Array) -> Array:
     """The mean, and what the samples add to it, (1 + sample, n)."""
 
-    def block(x):
+    def values(x):
         moved = posterior.kernel(x, posterior.x) @ posterior.weights
         return moved.at[:, 1:].add(posterior.prior(x))
 
+    return _in_blocks(values, x).T
+
+
+def _in_blocks(function: Callable[[Array], Array], x: Array) -> Array:
+    """A function of inputs (n, D) to (n, vector), of some of them at a time."""
     size = min(BLOCK, max(len(x), 1))
     padded = jnp.pad(x, ((0, -len(x) % size), (0, 0)), mode="edge")
-    found = lax.map(block, padded.reshape(-1, size, x.shape[1]))
-    return found.reshape(-1, found.shape[-1])[: len(x)].T
+    found = lax.map(function, padded.reshape(-1, size, x.shape[1]))
+    return found.reshape(-1, found.shape[-1])[: len(x)]
 
 
 def _samples(values: Array) -> Array:

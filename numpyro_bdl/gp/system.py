@@ -106,16 +106,17 @@ def error(dual: KernelDual, a: Array) -> Array:
     posterior standard deviation of the function.
 
     With r the residual and :math:`\tilde K = \Sigma^{-1/2} K \Sigma^{-1/2}` the error is
-    :math:`\|\tilde K (\tilde K + I)^{-1} r\| \le \frac12 \sqrt{r^\top \tilde K r}`, and the variances add up to the
-    effective dimension, the mean of :math:`\|f + \tilde K a\|^2` over samples.
+    :math:`\|\tilde K (\tilde K + I)^{-1} r\| \le \min(\|r\|, \frac12 \sqrt{r^\top \tilde K r})`, and the variances add
+    up to the effective dimension, the mean of :math:`\|f + \tilde K a\|^2` over samples.
     """
     moved = product(dual, a)
     missing = moved + a - dual.b
     samples = jnp.sum((dual.f + moved) ** 2, 0)
     is_sample = jnp.any(dual.f != 0, 0)
     dimension = jnp.sum(jnp.where(is_sample, samples, 0.0)) / jnp.maximum(jnp.sum(is_sample), 1)
-    off = jnp.sum(missing * product(dual, missing), 0)
-    return jnp.sqrt(jnp.max(off) / jnp.maximum(dimension, jnp.finfo(a.dtype).tiny)) / 2
+    dimension = jnp.minimum(dimension, dual.size)  # samples that are not solved have more
+    off = jnp.minimum(jnp.sum(missing**2, 0), jnp.sum(missing * product(dual, missing), 0) / 4)
+    return jnp.sqrt(jnp.max(off) / jnp.maximum(dimension, jnp.finfo(a.dtype).tiny))
 
 
 @jax.jit
@@ -142,3 +143,4 @@ def conjugate_gradients(solver: ConjugateGradient, dual: KernelDual) -> Array:
         return cg(matrix, b, tol=solver.tolerance, maxiter=solver.max_iterations)[0]
 
     return jax.vmap(one, 1, 1)(dual.b)
+

@@ -13,8 +13,10 @@ from jax import Array, random
 UNSOLVED = 0.5
 
 
-def as_key(rng_key: Array) -> Array:
+def as_key(owner: str, rng_key: Array) -> Array:
     """A typed PRNG key."""
+    if jnp.ndim(rng_key) > 1 or not hasattr(rng_key, "dtype"):
+        raise TypeError(f"{owner}: rng_key must be one PRNG key, as of jax.random.key(0), got {rng_key!r}.")
     typed = jnp.issubdtype(rng_key.dtype, jax.dtypes.prng_key)
     return rng_key if typed else random.wrap_key_data(rng_key)
 

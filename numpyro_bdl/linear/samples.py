@@ -134,7 +134,7 @@ def linear_posterior_samples(
         raise ValueError(f"{owner}: prior_scale must be positive and finite.")
     if not all(bool(jnp.all(jnp.isfinite(m))) for m in mean.values()):
         raise ValueError(f"{owner}: prior_mean has numbers that are not finite.")
-    keys = random.split(as_key(rng_key), 4)
+    keys = random.split(as_key(owner, rng_key), 4)
     model = OperatorModel(
         weights=zero,
         key=keys[0],
@@ -150,6 +150,8 @@ def linear_posterior_samples(
     system = make_system(model, scale, mean, batch_size)
     draws = prior_draws(keys[2], zero, num_samples)
     problem = Problem(draws, noise_gradients(system, num_samples), noisy=True)
+    if not bool(jnp.isfinite(norm(problem.total))):
+        raise ValueError(f"{owner}: the transposed product of operator with all rows has numbers that are not finite.")
     samples = solver.solve(system, problem, draws, keys[3])
     found = quality(system, problem, samples)
     dimension = float(sum(jnp.mean(d) for d in dots(samples, found.curved).values()))

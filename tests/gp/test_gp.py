@@ -19,7 +19,7 @@ from sklearn.gaussian_process import GaussianProcessRegressor, kernels
 
 import numpyro_bdl as bdl
 from numpyro_bdl import gp
-from numpyro_bdl.gp.features import FourierFeatures, draw_prior
+from numpyro_bdl.gp.features import FourierFeatures, draw_features, draw_prior
 from numpyro_bdl.gp.system import KernelDual, product
 from numpyro_bdl.linear import SGD, ConjugateGradient, DualDescent
 from numpyro_bdl.linear.solvers.dual import State, _advance
@@ -126,26 +126,22 @@ def test_the_error_is_a_bound():
         assert np.linalg.norm(off, axis=0).max() / scale < 1.2 * found.error
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=("omega", "variance"), meta_fields=())
+@partial(jax.tree_util.register_dataclass, data_fields=("features",), meta_fields=())
 @dataclass(frozen=True)
 class OfFeatures:
     """A kernel that is its features, so that prior draws have no error."""
 
-    omega: Any
-    variance: Any
+    features: FourierFeatures
 
     def __call__(self, x, z):
-        features = FourierFeatures(self.omega, self.variance)
-        return features(x) @ features(z).T
-
-    def frequencies(self, uniform):
-        return self.omega
+        return self.features(x) @ self.features(z).T
 
 
-def test_a_process_of_features_is_the_linear_model_and_has_the_posterior_law():
+def test_a_process_of_features_is_the_linear_model_and_has_the_posterior_law(monkeypatch):
     count = 4000
-    kernel = OfFeatures(jnp.asarray(RNG.normal(size=(4, 2))), jnp.asarray(1.3))
-    features = FourierFeatures(kernel.omega, kernel.variance)
+    features = FourierFeatures(jnp.asarray(RNG.normal(size=(4, 2))), jnp.asarray([0.5, 0.4, 0.3, 0.1]))
+    kernel = OfFeatures(features)
+    monkeypatch.setattr("numpyro_bdl.gp.features.draw_features", lambda *_: features)
     found = sample(num_samples=count, kernel=kernel, num_features=8)
     mean, covariance = posterior_by_cholesky(kernel, WHERE[:5])
     linear = bdl.linear_posterior_samples(random.key(0), features(X), Y, NOISE, solver=EXACT, num_samples=2)
@@ -157,6 +153,24 @@ def test_a_process_of_features_is_the_linear_model_and_has_the_posterior_law():
     assert abs(error - 30) < 4 * np.sqrt(8 * 30)
     assert stats.kstest(white.ravel(), "norm").pvalue > 1e-3
     np.testing.assert_allclose(found.variance(WHERE[:5]), np.diag(covariance), rtol=4.5 * np.sqrt(2 / count))
+
+
+@pytest.mark.parametrize("noise", [0.1, 0.01, 0.001])
+@pytest.mark.parametrize("name", PAIRS)
+def test_random_features_keep_variances_where_data_leave_little(name, noise):
+    """By the covariance that samples have in expectation, given their frequencies."""
+    x = np.random.default_rng(1).normal(size=(500, 2))
+    kernel = PAIRS[name][0]
+    k = np.asarray(kernel(x, x))
+    data, size = slice(0, 400), 400
+    weights = np.linalg.solve(k[data, data] + noise**2 * np.eye(size), k[data]).T
+    exact = np.diag(k) - np.sum(weights * k[:, data], 1)
+    features = np.asarray(draw_features(random.key(0), kernel, 2, 1000)(x))
+    found = np.sum((features - weights @ features[data]) ** 2, 1) + noise**2 * np.sum(weights**2, 1)
+    ratio = found / exact
+    assert abs(ratio[data].mean() - 1) < 0.03
+    assert abs(np.log(np.median(ratio[size:]))) < 0.1
+    assert np.log(ratio).std() < 0.3
 
 
 def test_variances_by_random_features():
@@ -315,7 +329,7 @@ def test_subsets_have_no_rows_in_common(monkeypatch):
         ({"batch_size": N + 1}, "batch_size=61 is more than the 60 rows"),
         ({"num_samples": 0}, "num_samples must be"),
         ({"num_features": 0}, "num_features must be"),
-        ({"solver": "svgp"}, "solver must be one of"),
+        ({"solver": "svgp"}, "solver must be one of 'dual', 'cg'"),
     ],
 )
 def test_what_is_refused(settings, text):
@@ -323,8 +337,10 @@ def test_what_is_refused(settings, text):
         sample(**settings)
 
 
-def test_a_solver_without_weights():
-    with pytest.raises(TypeError, match="a kernel has no weights"):
+def test_what_is_no_solver_and_no_key():
+    with pytest.raises(TypeError, match=r"rng_key must be one PRNG key, as of jax\.random\.key\(0\), got 0"):
+        gp.gp_posterior_samples(0, KERNEL, X, Y, NOISE)
+    with pytest.raises(TypeError, match="solver must be \"dual\", \"cg\""):
         sample(SGD())
 
 
