@@ -3,8 +3,8 @@
 
 """How long a stochastic descent goes on: rounds, each as long as all before it, until its error is small.
 
-To ask for the error costs a pass over all rows, at most a share of what the rounds cost; the descent takes about twice
-the steps that it needs at most.
+To ask for the error costs a pass over all rows or two, a quarter at most of what the rounds before it cost; the descent
+takes about twice the steps that it needs at most.
 """
 
 import itertools
@@ -14,14 +14,15 @@ from numpyro_bdl.linear.model import Weights
 from numpyro_bdl.linear.system import Problem, System, quality
 
 _FIRST = 100
+_PASSES = 4
 _REPORTS = 10
 _RESIDUAL = 0.01  # of a system that has no noise: a step of Newton's method, which others follow
 
 
 def rounds(size: int, batch_size: int, steps: int) -> Iterator[tuple[int, int]]:
     """Rounds of so many steps in all: the first step of each, and the one behind its last. The first round is at least
-    a pass over all rows; no round is short, since each begins with large steps."""
-    begin, end = 0, max(_FIRST, -(-size // batch_size))
+    four passes over all rows; no round is short, since each begins with large steps."""
+    begin, end = 0, max(_FIRST, _PASSES * -(-size // batch_size))
     while begin < steps:
         end = end if 2 * end <= steps else steps
         yield begin, end
