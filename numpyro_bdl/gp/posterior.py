@@ -20,7 +20,8 @@ from numpyro_bdl.gp.system import BLOCK, KernelDual, conjugate_gradients, error
 from numpyro_bdl.linear.observations import as_key, check_noise, check_observed, warn_if_unsolved
 from numpyro_bdl.linear.solvers import ConjugateGradient, DualDescent
 
-_SOLVERS = {"dual": DualDescent(steps=20_000), "cg": ConjugateGradient()}
+_SOLVERS = {"dual": DualDescent(steps=5000), "cg": ConjugateGradient()}
+_MANY = 10_000  # rows
 
 
 @partial(
@@ -76,7 +77,7 @@ def gp_posterior_samples(
     *,
     num_samples: int = 64,
     num_features: int = 2000,
-    solver: Any = "dual",
+    solver: Any = None,
     batch_size: int | None = None,
     progress_bar: bool = True,
 ) -> GPPosterior:
@@ -98,9 +99,11 @@ def gp_posterior_samples(
     :param noise: Standard deviation of the noise, a number or (row,).
     :param num_samples: Samples of the function, K. The relative error of a variance is :math:`\sqrt{2/K}`.
     :param num_features: Random features of the prior draws, :mod:`~numpyro_bdl.gp.features`.
-    :param solver: ``"dual"``, stochastic dual descent, until its error is a fifth of a posterior standard deviation at
-        most, or 20 000 steps; ``"cg"``, conjugate gradients on full products; or a
-        :class:`~numpyro_bdl.linear.DualDescent` or :class:`~numpyro_bdl.linear.ConjugateGradient` with settings.
+    :param solver: ``"cg"``, conjugate gradients on full products, whose error falls fast after some hundred of them;
+        ``"dual"``, stochastic dual descent, which has a rough solution after some, until its error is a fifth of a
+        posterior standard deviation at most, or 5000 steps; None for ``"cg"`` up to 10 000 rows and ``"dual"`` for
+        more; or a :class:`~numpyro_bdl.linear.DualDescent` or :class:`~numpyro_bdl.linear.ConjugateGradient` with
+        settings.
     :param batch_size: Rows of a step of dual descent; None for 512, or all if there are fewer.
     :param progress_bar: Show one, of dual descent.
     :return: The posterior.
@@ -118,7 +121,7 @@ def gp_posterior_samples(
         >>> x = jnp.linspace(0, 1, 40)[:, None]
         >>> y = jnp.sin(6 * x[:, 0]) + 0.1 * random.normal(random.key(0), (40,))
         >>> kernel = gp.Matern(lengthscale=0.3, nu=2.5)
-        >>> posterior = gp.gp_posterior_samples(random.key(1), kernel, x, y, 0.1, solver="cg", progress_bar=False)
+        >>> posterior = gp.gp_posterior_samples(random.key(1), kernel, x, y, 0.1, progress_bar=False)
         >>> posterior.samples(jnp.array([[0.5], [2.0]])).shape
         (64, 2)
         >>> bool(posterior.variance(jnp.array([[2.0]]))[0] > 20 * posterior.variance(jnp.array([[0.5]]))[0])
@@ -130,6 +133,9 @@ def gp_posterior_samples(
     owner = "gp_posterior_samples"
     for name, value in (("num_samples", num_samples), ("num_features", num_features)):
         check_integer(owner, name, value)
+    y = check_observed(owner, y)
+    if solver is None:
+        solver = "cg" if len(y) <= _MANY else "dual"
     if isinstance(solver, str):
         check_choice(owner, "solver", solver, tuple(_SOLVERS))
         solver = _SOLVERS[solver]
@@ -138,7 +144,6 @@ def gp_posterior_samples(
             f'{owner}: solver must be "dual", "cg", or a DualDescent or ConjugateGradient of numpyro_bdl.linear, got'
             f" {solver!r}."
         )
-    y = check_observed(owner, y)
     x = check_inputs(owner, x, y)
     noise = check_noise(owner, noise, y)
     check_kernel(owner, kernel, x.shape[1])
