@@ -1,7 +1,7 @@
 # Copyright Contributors to the numpyro_bdl project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""What to cite for a kernel, a guide or a run, as BibTeX.
+"""What to cite for a kernel, a guide, a posterior or a run, as BibTeX.
 
 To add a class, put its paper into ``BIBLIOGRAPHY`` and its name into ``BY_CLASS``, which is looked up by the name of
 the class and of its bases.
@@ -13,6 +13,9 @@ from numpyro.contrib.einstein import SteinVI
 from numpyro.infer import MCMC, SVI
 from numpyro.infer.autoguide import AutoGuide
 from numpyro.infer.mcmc import MCMCKernel
+
+from numpyro_bdl.gp.posterior import GPPosterior
+from numpyro_bdl.linear.samples import LinearPosterior
 
 BIBLIOGRAPHY: dict[str, str] = {
     "numpyro_bdl": """@software{numpyro_bdl,
@@ -175,6 +178,14 @@ BIBLIOGRAPHY: dict[str, str] = {
   booktitle = {International Conference on Learning Representations},
   year = {2024},
 }""",
+    "wilson2020efficiently": """@inproceedings{wilson2020efficiently,
+  author = {Wilson, James T. and Borovitskiy, Viacheslav and Terenin, Alexander and Mostowsky, Peter and Deisenroth,
+            Marc Peter},
+  title = {Efficiently Sampling Functions from {Gaussian} Process Posteriors},
+  booktitle = {Proceedings of the 37th International Conference on Machine Learning},
+  pages = {10292--10302},
+  year = {2020},
+}""",
 }
 """Entries by key."""
 
@@ -189,6 +200,8 @@ BY_CLASS: dict[str, tuple[str, ...]] = {
     "WGFEnsemble": ("wild2023rigorous",),
     "AutoLinearizedLaplace": ("antoran2023sampling", "antoran2022adapting"),
     "DualDescent": ("lin2024stochastic",),
+    "LinearPosterior": ("antoran2023sampling",),
+    "GPPosterior": ("wilson2020efficiently", "lin2024stochastic"),
     "NUTS": ("hoffman2014nuts", "neal2012mcmc"),
     "HMC": ("neal2012mcmc",),
     "SteinVI": ("liu2016stein",),
@@ -208,7 +221,8 @@ def cite(used: Any) -> str:
     The papers are those of the kernel, of the kernel inside it, of its cyclical schedule, of its preconditioner, and of
     the solver of a guide. A kernel or guide that is not known here is named in a comment: cite its own paper.
 
-    :param used: A kernel, an AutoGuide, or a run: :class:`numpyro.infer.MCMC`, :class:`numpyro.infer.SVI` or a
+    :param used: A kernel, an AutoGuide, a posterior of :func:`~numpyro_bdl.gp_posterior_samples` or
+        :func:`~numpyro_bdl.linear_posterior_samples`, or a run: :class:`numpyro.infer.MCMC`, :class:`numpyro.infer.SVI` or a
         SteinVI, whose method of particles is cited with its guide.
     :return: BibTeX entries. For numbers by ArviZ, its entry is among them.
     :raises TypeError: for anything else.
@@ -230,9 +244,10 @@ def cite(used: Any) -> str:
         method = used.guide
     else:
         method = used
-    if not isinstance(method, (MCMCKernel, AutoGuide)):
+    if not isinstance(method, (MCMCKernel, AutoGuide, GPPosterior, LinearPosterior)):
         raise TypeError(
-            f"cite needs a kernel, an AutoGuide, or an MCMC, SVI or SteinVI object, got {_named(method)}"
+            "cite needs a kernel, an AutoGuide, a posterior of a Gaussian process or linear model, or an MCMC, SVI or"
+            f" SteinVI object, got {_named(method)}"
             + ("; hand in an object of the class." if isinstance(method, type) else ".")
         )
     keys, unknown = _keys(method)

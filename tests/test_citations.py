@@ -6,6 +6,7 @@
 import inspect
 import re
 
+import jax.numpy as jnp
 import numpyro
 import numpyro.distributions as dist
 import optax
@@ -133,3 +134,11 @@ def test_anything_else_is_refused(thing, text):
         TypeError, match=f"cite needs a kernel, an AutoGuide, or an MCMC, SVI or SteinVI object, {text}"
     ):
         cite(thing)
+
+
+def test_posteriors_of_linear_models():
+    x, y = jnp.linspace(0, 1, 5)[:, None], jnp.ones(5)
+    process = bdl.gp_posterior_samples(random.key(0), bdl.gp.RBF(), x, y, 1.0, num_samples=2, num_features=4)
+    assert keys(cite(process)) == ["wilson2020efficiently", "lin2024stochastic", *SOFTWARE]
+    linear = bdl.linear_posterior_samples(random.key(0), x, y, 1.0, num_samples=2)
+    assert keys(cite(linear)) == ["antoran2023sampling", *SOFTWARE]

@@ -143,4 +143,3 @@ def conjugate_gradients(solver: ConjugateGradient, dual: KernelDual) -> Array:
         return cg(matrix, b, tol=solver.tolerance, maxiter=solver.max_iterations)[0]
 
     return jax.vmap(one, 1, 1)(dual.b)
-

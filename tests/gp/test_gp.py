@@ -340,7 +340,7 @@ def test_what_is_refused(settings, text):
 def test_what_is_no_solver_and_no_key():
     with pytest.raises(TypeError, match=r"rng_key must be one PRNG key, as of jax\.random\.key\(0\), got 0"):
         gp.gp_posterior_samples(0, KERNEL, X, Y, NOISE)
-    with pytest.raises(TypeError, match="solver must be \"dual\", \"cg\""):
+    with pytest.raises(TypeError, match='solver must be "dual", "cg"'):
         sample(SGD())
 
 
