@@ -222,8 +222,8 @@ def cite(used: Any) -> str:
     the solver of a guide. A kernel or guide that is not known here is named in a comment: cite its own paper.
 
     :param used: A kernel, an AutoGuide, a posterior of :func:`~numpyro_bdl.gp_posterior_samples` or
-        :func:`~numpyro_bdl.linear_posterior_samples`, or a run: :class:`numpyro.infer.MCMC`, :class:`numpyro.infer.SVI` or a
-        SteinVI, whose method of particles is cited with its guide.
+        :func:`~numpyro_bdl.linear_posterior_samples`, or a run: :class:`numpyro.infer.MCMC`,
+        :class:`numpyro.infer.SVI` or a SteinVI, whose method of particles is cited with its guide.
     :return: BibTeX entries. For numbers by ArviZ, its entry is among them.
     :raises TypeError: for anything else.
 

@@ -277,7 +277,7 @@ class AutoLinearizedLaplace(AutoContinuous):
         :warns UserWarning: for weights far from their optimum, linear systems that are not solved, a model that
             interpolates its data, groups that share a prior with layers that have no scale.
         """
-        rng_key = as_key(rng_key)
+        rng_key = as_key("AutoLinearizedLaplace.fit", rng_key)
         potential = self._potential_of(params, args, kwargs)
         mutable = potential.collections(params)
         if self.prototype_trace is None:

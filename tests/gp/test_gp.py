@@ -7,7 +7,6 @@ import pickle
 import warnings
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
