@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 
 from numpyro_bdl._checks import check_integer, check_number
 from numpyro_bdl.gp.kernels import Kernel
-from numpyro_bdl.gp.posterior import check_inputs, check_kernel
+from numpyro_bdl.gp.posterior import check_inputs, check_kernel, check_shapes
 from numpyro_bdl.linear.observations import as_key, check_noise, check_observed
 
 
@@ -32,7 +32,7 @@ class Hyperparameters(NamedTuple):
 
     kernel: Kernel
     noise: float
-    """standard deviation"""
+    """standard deviation; with what rounding adds to the variance, see :func:`log_evidence`"""
     log_evidence: np.ndarray
     """mean log marginal likelihood of a row, before each step"""
 
@@ -40,14 +40,21 @@ class Hyperparameters(NamedTuple):
 def log_evidence(kernel: Kernel, noise: float | Array, x: Array, y: Array) -> Array:
     """The log marginal likelihood of all rows, by a Cholesky decomposition.
 
-    To the diagonal it adds what rounding takes, the number of rows times the variance times the machine's epsilon.
+    To the variance of the noise it adds what rounding takes, the number of rows times the variance times the machine's
+    epsilon. Differentiable, so that it can be a factor of a NumPyro model.
 
     :param x: Inputs, (row, D).
     :param y: Observations, (row,).
+    :raises ValueError: for shapes that do not fit.
     """
-    rounding = len(x) * jnp.finfo(x.dtype).eps * kernel.variance
-    covariance = kernel(x, x) + (noise**2 + rounding) * jnp.eye(len(x), dtype=x.dtype)
+    y = jnp.asarray(y, jnp.result_type(y, float))
+    x = check_shapes("log_evidence", x, y)
+    covariance = kernel(x, x) + (noise**2 + _rounding(kernel, x)) * jnp.eye(len(x), dtype=x.dtype)
     return dist.MultivariateNormal(jnp.zeros(len(x), x.dtype), scale_tril=jnp.linalg.cholesky(covariance)).log_prob(y)
+
+
+def _rounding(kernel: Kernel, x: Array) -> Array:
+    return len(x) * jnp.finfo(x.dtype).eps * kernel.variance
 
 
 def fit_hyperparameters(
@@ -123,7 +130,8 @@ def fit_hyperparameters(
             bar.set_postfix_str(f"{found[-1]:.4g} a row", refresh=False)
             bar.update()
     kernel, scale = jax.tree.map(jnp.exp, state[0])
-    return Hyperparameters(kernel, float(scale), np.array(found))
+    total = jnp.sqrt(scale**2 + _rounding(kernel, x[rows[0]]))
+    return Hyperparameters(kernel, float(total), np.array(found))
 
 
 @partial(jax.jit, static_argnums=0)

@@ -17,7 +17,8 @@ noise would be far too certain. Therefore half of them are drawn from wider dens
     q(\omega) = \tfrac12 p(\omega) + \tfrac14 4^{-D} p(\omega / 4) + \tfrac14 16^{-D} p(\omega / 16),
     \qquad w_m \propto p(\omega_m) / q(\omega_m) \le 2,
 
-by points of a scrambled Sobol sequence. The variance of f is s everywhere.
+by points of a scrambled Sobol sequence. The variance of f is s everywhere. With eight inputs or more all are from p: so
+many inputs leave no variance between their rows that p would miss, and the weights would only cost features.
 
 **References:** Rahimi and Recht, *Random features for large-scale kernel machines*, NeurIPS 2007; Yang et al.,
 *Quasi-Monte Carlo feature maps for shift-invariant kernels*, ICML 2014; Hesterberg, *Weighted average importance
@@ -36,6 +37,7 @@ from numpyro_bdl.gp.kernels import Kernel
 
 _SCALES = np.array([1.0, 4.0, 16.0])  # of the frequencies
 _SHARES = np.array([0.5, 0.25, 0.25])
+_MANY_INPUTS = 8
 
 
 class FourierFeatures(NamedTuple):
@@ -48,7 +50,7 @@ class FourierFeatures(NamedTuple):
 
     def __call__(self, x: Array) -> Array:
         """Features of inputs (n, D): (n, 2 M)."""
-        angles = x @ self.frequencies.T
+        angles = jnp.matmul(x, self.frequencies.T, precision="highest")
         scale = jnp.sqrt(self.variances)
         return jnp.concatenate([scale * jnp.cos(angles), scale * jnp.sin(angles)], -1)
 
@@ -62,7 +64,7 @@ class PriorDraws(NamedTuple):
 
     def __call__(self, x: Array) -> Array:
         """Values at inputs (n, D): (n, sample)."""
-        return self.features(x) @ self.weights
+        return jnp.matmul(self.features(x), self.weights, precision="highest")
 
 
 def draw_prior(key: Array, kernel: Kernel, inputs: int, num_samples: int, num_features: int) -> PriorDraws:
@@ -83,8 +85,9 @@ def draw_features(key: Array, kernel: Kernel, inputs: int, count: int) -> Fourie
     power = (count - 1).bit_length()
     points = qmc.Sobol(inputs + 2, rng=np.random.default_rng(seed)).random_base2(power)[:count]
     tiny = np.finfo(np.float32).eps
-    scale = _SCALES[np.searchsorted(np.cumsum(_SHARES)[:-1], points[:, 0], side="right")]
+    shares = _SHARES if inputs < _MANY_INPUTS else np.array([1.0, 0.0, 0.0])
+    scale = _SCALES[np.searchsorted(np.cumsum(shares)[:-1], points[:, 0], side="right")]
     frequencies = kernel.frequencies(np.clip(points[:, 1:], tiny, 1 - tiny)) * scale[:, None]
     logs = jnp.stack([kernel.log_spectral_density(frequencies / c) - inputs * np.log(c) for c in _SCALES])
-    of_mixture = jax.nn.logsumexp(logs + np.log(_SHARES)[:, None], 0)
+    of_mixture = jax.nn.logsumexp(logs, 0, b=shares[:, None])
     return FourierFeatures(frequencies, kernel.variance * jax.nn.softmax(logs[0] - of_mixture))

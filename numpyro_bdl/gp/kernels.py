@@ -33,7 +33,9 @@ def _squared_distances(x: Array, z: Array, lengthscale: Array) -> Array:
     # about their centre, or rounding would take what is left of a difference of large numbers
     centre = jnp.mean(z, 0)
     x, z = x - centre, z - centre
-    return jnp.maximum(jnp.sum(x**2, -1)[:, None] + jnp.sum(z**2, -1) - 2 * x @ z.T, 0.0)
+    return jnp.maximum(
+        jnp.sum(x**2, -1)[:, None] + jnp.sum(z**2, -1) - 2 * jnp.matmul(x, z.T, precision="highest"), 0.0
+    )
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=("variance", "lengthscale"), meta_fields=())
@@ -100,7 +102,7 @@ class Matern:
         """Covariances of (n, D) and (m, D): (n, m)."""
         square = 2 * self.nu * _squared_distances(x, z, jnp.asarray(self.lengthscale))
         # the root has no derivative at 0
-        rho = jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1.0)), 0.0)
+        rho = jnp.where(square == 0, 0.0, jnp.sqrt(jnp.where(square == 0, 1.0, square)))
         polynomial = {0.5: 1.0, 1.5: 1 + rho, 2.5: 1 + rho + square / 3}[self.nu]
         return self.variance * polynomial * jnp.exp(-rho)
 

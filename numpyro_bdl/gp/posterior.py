@@ -51,7 +51,7 @@ class GPPosterior:
     noise: Array
     """standard deviations of the noise, (row,)"""
     error: Array
-    """a bound on the error of mean and samples at the data, as a root mean square, in posterior standard deviations"""
+    """a bound on the error of the samples at the data, as a root mean square, in posterior standard deviations"""
 
     def mean(self, x: Array) -> Array:
         """The mean of the function at inputs (n, D): (n,)."""
@@ -93,7 +93,7 @@ def gp_posterior_samples(
 
     :param rng_key: PRNG key.
     :param kernel: An :class:`RBF` or :class:`Matern`; or a pytree that is called as they are and has their
-        ``frequencies`` and ``log_spectral_density``.
+        ``variance``, ``frequencies`` and ``log_spectral_density``.
     :param x: Inputs, (row, D).
     :param y: Observations, (row,), about zero: subtract their mean.
     :param noise: Standard deviation of the noise, a number or (row,).
@@ -106,7 +106,7 @@ def gp_posterior_samples(
         settings.
     :param batch_size: Rows of a step of dual descent; None for 512, or all if there are fewer.
     :param progress_bar: Show one, of dual descent.
-    :return: The posterior.
+    :return: The posterior; its functions can be jitted, this can't.
     :raises ValueError: for noise, a variance or a lengthscale that is not positive; numbers that are not finite; shapes
         that do not fit; a batch larger than the data; or a step size that diverges.
     :warns UserWarning: for systems that are not solved.
@@ -153,6 +153,7 @@ def gp_posterior_samples(
         raise ValueError(f"{owner}: batch_size={batch_size} is more than the {len(y)} rows of the data.")
     keys = random.split(as_key(owner, rng_key), 3)
     prior = draw_prior(keys[0], kernel, x.shape[1], num_samples, num_features)
+    prior = jax.tree.map(lambda v: v.astype(y.dtype), prior)
     f = jnp.concatenate([jnp.zeros((len(y), 1), y.dtype), _at_data(prior, x) / noise[:, None]], 1)
     eps = random.normal(keys[1], (len(y), num_samples), y.dtype)
     b = jnp.concatenate([(y / noise)[:, None], -f[:, 1:] - eps], 1)
@@ -184,7 +185,7 @@ def _evaluate(posterior: GPPosterior, x: Array) -> Array:
     """The mean, and what the samples add to it, (1 + sample, n)."""
 
     def values(x):
-        moved = posterior.kernel(x, posterior.x) @ posterior.weights
+        moved = jnp.matmul(posterior.kernel(x, posterior.x), posterior.weights, precision="highest")
         return moved.at[:, 1:].add(posterior.prior(x))
 
     return _in_blocks(values, x).T
@@ -204,21 +205,33 @@ def _samples(values: Array) -> Array:
 
 def check_inputs(owner: str, x: Any, y: Array) -> Array:
     """Inputs (row, D), finite, of the type of y."""
-    x = jnp.asarray(x, y.dtype)
-    if y.ndim != 1 or x.ndim != 2 or len(x) != len(y):
-        raise ValueError(
-            f"{owner}: x must be (row, D) and y (row,), got the shapes {x.shape} and {y.shape};"
-            " x[:, None] makes one input of a vector."
-        )
+    x = check_shapes(owner, x, y)
     if not bool(jnp.all(jnp.isfinite(x))):
         raise ValueError(f"{owner}: x has numbers that are not finite.")
     return x
 
 
+def check_shapes(owner: str, x: Any, y: Array) -> Array:
+    """Inputs (row, D), of the type of y."""
+    x = jnp.asarray(x, y.dtype)
+    if y.ndim != 1 or x.ndim != 2 or len(x) != len(y) or not x.size:
+        raise ValueError(
+            f"{owner}: x must be (row, D) and y (row,), got the shapes {x.shape} and {y.shape};"
+            " x[:, None] makes one input of a vector."
+        )
+    return x
+
+
 def check_kernel(owner: str, kernel: Kernel, inputs: int) -> None:
     """Refuse a variance or lengthscale that is not positive, or a lengthscale that is not of the inputs."""
+    needed = ("variance", "frequencies", "log_spectral_density")
+    if isinstance(kernel, type) or not callable(kernel) or not all(hasattr(kernel, name) for name in needed):
+        raise TypeError(f"{owner}: kernel must be an RBF or Matern, or have what they have, got {kernel!r}.")
     for name in ("variance", "lengthscale"):
-        value = jnp.asarray(getattr(kernel, name, 1.0))
+        value = getattr(kernel, name, 1.0)
+        if isinstance(value, (list, tuple)):
+            raise TypeError(f"{owner}: {name} of the kernel must be a number or an array, got {value!r}.")
+        value = jnp.asarray(value)
         if not bool(jnp.all(jnp.isfinite(value) & (value > 0))):
             raise ValueError(f"{owner}: {name} of the kernel must be positive and finite, got {value}.")
         if value.shape not in ((), (1,), (inputs,)) or (name == "variance" and value.shape):

@@ -66,7 +66,7 @@ class KernelDual(NamedTuple):
         return self.kernel(self.x[rows], self.x) / self.noise[rows, None] / self.noise
 
     def residual(self, batch: Array, a: Unknowns, image: dict) -> Unknowns:
-        return {_NAME: self.rows(batch) @ a[_NAME] + a[_NAME][batch] - self.b[batch]}
+        return {_NAME: jnp.matmul(self.rows(batch), a[_NAME], precision="highest") + a[_NAME][batch] - self.b[batch]}
 
     def add(self, batch: Array, unknowns: Unknowns, change: Unknowns, factor: Array) -> Unknowns:
         return {_NAME: unknowns[_NAME].at[batch].add(factor * change[_NAME])}
@@ -96,27 +96,29 @@ def product(dual: KernelDual, a: Array) -> Array:
     starts = jnp.arange(-(-size // block)) * block
     # the last block goes back to the end of the one before it, and does some rows again
     rows = jnp.minimum(starts, size - block)[:, None] + jnp.arange(block)
-    found = lax.map(lambda rows: dual.rows(rows) @ a, rows)
+    found = lax.map(lambda rows: jnp.matmul(dual.rows(rows), a, precision="highest"), rows)
     return jnp.zeros_like(a).at[rows.ravel()].set(found.reshape(-1, a.shape[-1]))
 
 
 @jax.jit
 def error(dual: KernelDual, a: Array) -> Array:
-    r"""A bound on the error of mean and samples at the data, the largest of them, as a root mean square, by that of the
-    posterior standard deviation of the function.
+    r"""A bound on the error of the samples at the data, the largest of them, as a root mean square, by that of the
+    posterior standard deviation of the function; up to rounding.
 
     With r the residual and :math:`\tilde K = \Sigma^{-1/2} K \Sigma^{-1/2}` the error is
-    :math:`\|\tilde K (\tilde K + I)^{-1} r\| \le \min(\|r\|, \frac12 \sqrt{r^\top \tilde K r})`, and the variances add
-    up to the effective dimension, the mean of :math:`\|f + \tilde K a\|^2` over samples.
+    :math:`\|\tilde K (\tilde K + I)^{-1} r\| \le \min(\|r\|, \frac12 \sqrt{r^\top \tilde K r})`, that of a sample the sum of the mean's
+    and its own. The variances add up to the effective dimension, the mean of :math:`\|f + \tilde K a\|^2` over samples,
+    whose root may itself be off by as much; where that leaves nothing, by one.
     """
     moved = product(dual, a)
     missing = moved + a - dual.b
-    samples = jnp.sum((dual.f + moved) ** 2, 0)
+    off = jnp.sqrt(jnp.minimum(jnp.sum(missing**2, 0), jnp.sum(missing * product(dual, missing), 0) / 4))
     is_sample = jnp.any(dual.f != 0, 0)
-    dimension = jnp.sum(jnp.where(is_sample, samples, 0.0)) / jnp.maximum(jnp.sum(is_sample), 1)
-    dimension = jnp.minimum(dimension, dual.size)  # samples that are not solved have more
-    off = jnp.minimum(jnp.sum(missing**2, 0), jnp.sum(missing * product(dual, missing), 0) / 4)
-    return jnp.sqrt(jnp.max(off) / jnp.maximum(dimension, jnp.finfo(a.dtype).tiny))
+    mean_over_samples = lambda v: jnp.sum(jnp.where(is_sample, v, 0.0)) / jnp.maximum(jnp.sum(is_sample), 1)
+    root = jnp.sqrt(mean_over_samples(jnp.sum((dual.f + moved) ** 2, 0)))
+    least = jnp.maximum(root - jnp.sqrt(mean_over_samples(off**2)), jnp.minimum(root, 1.0))
+    total = jnp.max(jnp.where(is_sample, 0.0, off)) + jnp.max(jnp.where(is_sample, off, 0.0))
+    return total / jnp.maximum(least, jnp.finfo(a.dtype).tiny)
 
 
 @jax.jit

@@ -69,7 +69,7 @@ class AutoLinearizedLaplace(AutoContinuous):
     :param noise_site: A latent site that is the scale of a Normal likelihood, or a factor of it, to be learned too.
         Such sites stay where they were trained otherwise.
     :param solver: ``"sgd"``, ``"cg"`` (the reference) or ``"dual"``, or a :class:`~numpyro_bdl.linear.SGD`,
-        :class:`~numpyro_bdl.linear.ConjugateGradient` or :class:`~numpyro_bdl.guides.DualDescent` with settings.
+        :class:`~numpyro_bdl.linear.ConjugateGradient` or :class:`~numpyro_bdl.linear.DualDescent` with settings.
     :param em_steps: Most EM iterations.
     :param em_samples: Samples of the iterations, at most ``num_samples``.
     :param em_tolerance: EM stops when no logarithm of a precision or noise scale changes by more.

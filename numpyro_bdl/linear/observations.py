@@ -15,9 +15,9 @@ UNSOLVED = 0.5
 
 def as_key(owner: str, rng_key: Array) -> Array:
     """A typed PRNG key."""
-    if jnp.ndim(rng_key) > 1 or not hasattr(rng_key, "dtype"):
+    typed = hasattr(rng_key, "dtype") and jnp.issubdtype(rng_key.dtype, jax.dtypes.prng_key)
+    if jnp.ndim(rng_key) != (0 if typed else 1):
         raise TypeError(f"{owner}: rng_key must be one PRNG key, as of jax.random.key(0), got {rng_key!r}.")
-    typed = jnp.issubdtype(rng_key.dtype, jax.dtypes.prng_key)
     return rng_key if typed else random.wrap_key_data(rng_key)
 
 
@@ -55,6 +55,6 @@ def warn_if_unsolved(error: float) -> None:
         warnings.warn(
             "The linear systems of the samples are not solved: at the data their function can be off by"
             f" {error:.2g} posterior standard deviations (expected below {UNSOLVED}). Give the solver more steps, or a"
-            " smaller tolerance.",
+            " smaller tolerance; with very little noise compute in x64.",
             stacklevel=3,
         )

@@ -4,8 +4,7 @@
 """Posterior samples of a linear model with normal noise."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +13,7 @@ from jax import Array, random
 
 from numpyro_bdl._checks import check_integer
 from numpyro_bdl.linear.observations import as_key, check_noise, check_observed, warn_if_unsolved
-from numpyro_bdl.linear.operator import OperatorModel, check_operator
+from numpyro_bdl.linear.operator import Features, OperatorModel, Products, as_tree, as_weights, check_operator
 from numpyro_bdl.linear.solvers import solver_of
 from numpyro_bdl.linear.system import (
     Problem,
@@ -28,17 +27,16 @@ from numpyro_bdl.linear.system import (
 )
 
 
-@dataclass(frozen=True)
-class LinearPosterior:
+class LinearPosterior(NamedTuple):
     """The posterior of the weights of a linear model. Weights have the structure that the operator takes."""
 
     mean: Any
     samples: Any
-    """(sample, ...), about the mean"""
+    """(sample, ...)"""
     effective_dimension: float
     """estimated number of weights that the data determine"""
     error: float
-    """a bound on the error of mean and samples at the data, as a root mean square, in posterior standard deviations"""
+    """a bound on the error of the samples at the data, as a root mean square, in posterior standard deviations"""
 
 
 def linear_posterior_samples(
@@ -116,16 +114,11 @@ def linear_posterior_samples(
     check_integer(owner, "batch_size", batch_size)
     if batch_size > size:
         raise ValueError(f"{owner}: batch_size={batch_size} is more than the {size} rows of y.")
-    product, like = _product(owner, operator, like, size)
-    leaves, structure = jax.tree.flatten(like)
-    zero = {str(n): jnp.zeros(leaf.shape, leaf.dtype) for n, leaf in enumerate(leaves)}
-
-    def as_tree(weights):
-        return jax.tree.unflatten(structure, [weights[k] for k in zero])
-
-    def as_weights(tree):
-        return dict(zip(zero, jax.tree.leaves(tree), strict=True))
-
+    if sample_chunk is not None:
+        check_integer(owner, "sample_chunk", sample_chunk)
+    products, like = _operator(owner, operator, transpose, like, size)
+    structure = jax.tree.structure(like)
+    zero = as_weights(jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), like))
     scale, mean = (
         as_weights(_like(owner, name, value, like))
         for name, value in (("prior_scale", prior_scale), ("prior_mean", prior_mean))
@@ -141,8 +134,7 @@ def linear_posterior_samples(
         curved_at=None,
         size=size,
         sample_chunk=sample_chunk,
-        product=lambda w, rows: product(as_tree(w), rows),
-        transpose=None if transpose is None else lambda u, rows: as_weights(transpose(u, rows)),
+        operator=products,
         y=y,
         noise=noise,
     )
@@ -158,18 +150,22 @@ def linear_posterior_samples(
     mode = solver.mode(system, jax.tree.map(jnp.zeros_like, zero), keys[3])
     # by the same bound, its gradient being its residual
     of_mode = norm(energy_and_gradient(system, mode)[1]) / (2 * max(dimension, 1e-30) ** 0.5)
-    error = float(jnp.maximum(found.error, of_mode))
+    error = float(found.error + of_mode)
     warn_if_unsolved(error)
     mode = system.displacement(mode)
     about = {k: mode[k] + z for k, z in system.whiten(samples).items()}
-    return LinearPosterior(as_tree(mode), as_tree(about), dimension, error)
+    return LinearPosterior(as_tree(mode, structure), as_tree(about, structure), dimension, error)
 
 
-def _product(owner: str, operator: Any, like: Any, size: int) -> tuple[Callable, Any]:
+def _operator(owner: str, operator: Any, transpose: Any, like: Any, size: int) -> tuple[Features | Products, Any]:
+    """The operator, and shapes of its weights."""
     if callable(operator):
         if like is None:
             raise ValueError(f"{owner}: an operator that is a function needs like, arrays or shapes of its weights.")
-        return operator, jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), jnp.result_type(x)), like)
+        like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), jnp.result_type(x)), like)
+        return Products(operator, transpose, jax.tree.structure(like)), like
+    if transpose is not None or like is not None:
+        raise ValueError(f"{owner}: transpose and like are for an operator that is a function; this is an array.")
     features = jnp.asarray(operator)
     features = features.astype(jnp.result_type(features, float))
     if features.ndim != 2 or len(features) != size:
@@ -179,7 +175,7 @@ def _product(owner: str, operator: Any, like: Any, size: int) -> tuple[Callable,
         )
     if not bool(jnp.all(jnp.isfinite(features))):
         raise ValueError(f"{owner}: operator has numbers that are not finite.")
-    return lambda w, rows: features[rows] @ w, jax.ShapeDtypeStruct(features.shape[1:], features.dtype)
+    return Features(features), jax.ShapeDtypeStruct(features.shape[1:], features.dtype)
 
 
 def _like(owner: str, name: str, value: Any, like: Any) -> Any:

@@ -103,7 +103,8 @@ class State(NamedTuple):
 
 @dataclass(frozen=True)
 class DualDescent:
-    r"""Stochastic dual descent: for few rows or many weights. It holds an unknown per observed output and sample.
+    r"""Stochastic dual descent: for few rows and many weights, or a kernel. It holds an unknown per observed output and
+    sample.
 
     It goes on in rounds, each as long as all before it, until the samples are good enough.
 

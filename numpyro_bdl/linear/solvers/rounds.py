@@ -3,7 +3,7 @@
 
 """How long a stochastic descent goes on: rounds, each as long as all before it, until its error is small.
 
-To ask for the error costs a pass over all rows or two, a quarter at most of what the rounds before it cost; the descent
+To ask for the error costs a pass over all rows or two, half at most of what the rounds before it cost; the descent
 takes about twice the steps that it needs at most.
 """
 
