@@ -271,8 +271,8 @@ def _keys(method: Any) -> tuple[list[str], list[str]]:
     """Keys of the papers, and names of what has none."""
     own = _papers(method)
     keys, unknown = list(own or ()), [] if own is not None else [type(method).__name__]
-    # in vars, since a kernel that wraps another passes on what it is asked for
-    parts = vars(method)
+    # of its own, since a kernel that wraps another passes on what it is asked for
+    parts = getattr(method, "__dict__", {})
     for part in (parts.get("_schedule"), parts.get("_preconditioner"), parts.get("solver")):
         keys += _papers(part) or ()
     for name in ("kernel", "inner_kernel", "_inner_kernel"):

@@ -54,7 +54,7 @@ def log_evidence(kernel: Kernel, noise: float | Array, x: Array, y: Array) -> Ar
 
 
 def _rounding(kernel: Kernel, x: Array) -> Array:
-    return len(x) * jnp.finfo(x.dtype).eps * kernel.variance
+    return jnp.asarray(len(x) * jnp.finfo(x.dtype).eps * kernel.variance)
 
 
 def fit_hyperparameters(

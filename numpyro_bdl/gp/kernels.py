@@ -33,9 +33,8 @@ def _squared_distances(x: Array, z: Array, lengthscale: Array) -> Array:
     # about their centre, or rounding would take what is left of a difference of large numbers
     centre = jnp.mean(z, 0)
     x, z = x - centre, z - centre
-    return jnp.maximum(
-        jnp.sum(x**2, -1)[:, None] + jnp.sum(z**2, -1) - 2 * jnp.matmul(x, z.T, precision="highest"), 0.0
-    )
+    products = jnp.matmul(x, z.T, precision="highest")
+    return jnp.maximum(jnp.sum(x**2, -1)[:, None] + jnp.sum(z**2, -1) - 2 * products, 0.0)
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=("variance", "lengthscale"), meta_fields=())

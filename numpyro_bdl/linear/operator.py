@@ -50,7 +50,8 @@ class Products:
 
     @property
     def transpose(self) -> Callable[[Array, Array], Weights] | None:
-        return None if self.transposed is None else lambda u, rows: as_weights(self.transposed(u, rows))
+        transposed = self.transposed
+        return None if transposed is None else lambda u, rows: as_weights(transposed(u, rows))
 
 
 def as_weights(tree: Any) -> Weights:

@@ -325,10 +325,10 @@ def test_hyperparameters_are_those_of_the_maximum():
 
 
 def test_the_noise_holds_what_rounding_adds():
-    x = np.random.default_rng(0).uniform(-3, 3, (300, 1))
-    y = 4 * np.sin(2 * x[:, 0]) + 0.02 * np.random.default_rng(1).normal(size=300)
-    start = gp.Matern(5.0, jnp.ones(1), nu=2.5)
+    x = np.random.default_rng(0).uniform(-3, 3, (300, 1)).astype(np.float32)
+    y = (4 * np.sin(2 * x[:, 0]) + 0.02 * np.random.default_rng(1).normal(size=300)).astype(np.float32)
     with jax.enable_x64(False):
+        start = gp.Matern(5.0, jnp.ones(1), nu=2.5)
         found = gp.fit_hyperparameters(random.key(0), start, x, y, 0.1, num_steps=150, progress_bar=False)
     assert 0.015 < found.noise < 0.03
 
