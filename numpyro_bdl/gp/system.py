@@ -106,9 +106,10 @@ def error(dual: KernelDual, a: Array) -> Array:
     posterior standard deviation of the function; up to rounding.
 
     With r the residual and :math:`\tilde K = \Sigma^{-1/2} K \Sigma^{-1/2}` the error is
-    :math:`\|\tilde K (\tilde K + I)^{-1} r\| \le \min(\|r\|, \frac12 \sqrt{r^\top \tilde K r})`, for a sample the sum of
-    the mean's and its own. The variances add up to the effective dimension, the mean of :math:`\|f + \tilde K a\|^2` over
-    samples, whose root may itself be off by as much; where that leaves nothing, by one.
+    :math:`\|\tilde K (\tilde K + I)^{-1} r\| \le \min(\|r\|, \frac12 \sqrt{r^\top \tilde K r})`, for a sample the sum
+    of the mean's and its own. The variances add up to the effective dimension, the mean of
+    :math:`\|f + \tilde K a\|^2` over samples, whose root may itself be off by as much; where that leaves nothing, by
+    one.
     """
     moved = product(dual, a)
     missing = moved + a - dual.b
