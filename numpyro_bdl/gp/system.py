@@ -113,7 +113,8 @@ def error(dual: KernelDual, a: Array) -> Array:
     """
     moved = product(dual, a)
     missing = moved + a - dual.b
-    off = jnp.sqrt(jnp.minimum(jnp.sum(missing**2, 0), jnp.sum(missing * product(dual, missing), 0) / 4))
+    of_matrix = jnp.maximum(jnp.sum(missing * product(dual, missing), 0), 0.0)  # rounding may take it below
+    off = jnp.sqrt(jnp.minimum(jnp.sum(missing**2, 0), of_matrix / 4))
     is_sample = jnp.any(dual.f != 0, 0)
     mean_over_samples = lambda v: jnp.sum(jnp.where(is_sample, v, 0.0)) / jnp.maximum(jnp.sum(is_sample), 1)
     root = jnp.sqrt(mean_over_samples(jnp.sum((dual.f + moved) ** 2, 0)))
